@@ -1,0 +1,38 @@
+# make demo   set-up, data, training, report: everything, on two cores without a GPU
+# make test   set-up and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: venv data demo test lint clean
+
+venv: $(VENV)/.installed
+
+# torch comes first: asked for by another package, a machine without a GPU would get a CUDA build.
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+data: data/kk/test.parquet
+
+data/kk/test.parquet: | $(VENV)/.installed
+	$(BIN)/python -m kk.generate --people 2-5 --per-size 400 --test-per-size 60 --names 8 --frames 1 --seed 1234 --out data/kk
+	$(BIN)/python -m kk.dataset --in data/kk --out data/kk
+
+demo: venv data
+	rm -rf results/kk_cpu
+	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
+
+test: venv data
+	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu" $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) data results build *.egg-info

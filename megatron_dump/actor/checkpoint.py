@@ -1,0 +1,72 @@
+"""Checkpoints of a run: model and optimizer by megatron-core's dist_checkpointing, everything else as JSON.
+
+A checkpoint is a folder step_<n>; it appears under that name only when every rank has written its part, so a folder
+with that name is complete. It can be loaded under another tensor × pipeline × data layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_dump.actor.actor import MegatronGPTGRPOActor
+
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class Checkpoints:
+    """The checkpoints in one folder."""
+
+    def __init__(self, folder: str | pathlib.Path, actor: MegatronGPTGRPOActor) -> None:
+        self.folder, self.actor = pathlib.Path(folder), actor
+
+    def latest(self) -> int | None:
+        """The highest complete step, the same on every rank; None when there is none. Collective."""
+        steps = [-1]
+        if self.actor.parallel.rank == 0 and self.folder.is_dir():
+            steps += [int(m[1]) for p in self.folder.iterdir() if (m := re.fullmatch(r"step_(\d+)", p.name))]
+        # Rank 0 alone looks: ranks on other nodes may see the shared folder a moment later.
+        newest = torch.tensor([max(steps)], device=self.actor.parallel.device)
+        dist.broadcast(newest, 0)
+        return int(newest) if int(newest) >= 0 else None
+
+    def save(self, step: int, state: dict[str, Any]) -> pathlib.Path:
+        """Write step_<step> with `state` (JSON-serialisable; rank 0's is kept). Collective."""
+        final, partial = self.folder / f"step_{step}", self.folder / f"step_{step}.partial"
+        if self.actor.parallel.rank == 0:
+            for old in (partial, final):
+                shutil.rmtree(old, ignore_errors=True)
+            (partial / "model").mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial / "model"))
+        dist.barrier()
+        if self.actor.parallel.rank == 0:
+            actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
+            (partial / "state.json").write_text(json.dumps({"step": step, "actor": actor, **state}))
+            os.replace(partial, final)
+        dist.barrier()
+        return final
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Restore model, optimizer and schedule from step_<step>; returns the `state` it was saved with. Collective."""
+        folder = self.folder / f"step_{step}"
+        state = json.loads((folder / "state.json").read_text())
+        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder / "model"))
+        self.actor.module.load_state_dict(loaded["model"])
+        self.actor.optimizer.load_state_dict(loaded["optimizer"])
+        self.actor.scheduler.load_state_dict(state["actor"]["scheduler"])
+        self.actor.version = state["actor"]["version"]
+        return state
+
+    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
+        model = self.actor.module.sharded_state_dict()
+        optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+        return {"model": model, "optimizer": optimizer}

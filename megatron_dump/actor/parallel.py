@@ -1,0 +1,113 @@
+"""The process grid: tensor × pipeline × data parallel groups over torch.distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_dump.actor import platform
+
+
+def check_layout(world_size: int, tensor: int, pipeline: int) -> int:
+    """The data-parallel size of a layout; ValueError with the sum when it does not work out."""
+    model_ranks = tensor * pipeline
+    if world_size % model_ranks:
+        lower, upper = world_size // model_ranks * model_ranks, -(-world_size // model_ranks) * model_ranks
+        fits = " or ".join(str(n) for n in (lower, upper) if n)
+        raise ValueError(
+            f"model.tensor_model_parallel_size={tensor} × model.pipeline_model_parallel_size={pipeline} = {model_ranks} "
+            f"ranks a replica, which does not divide the world size {world_size}: start {fits} ranks "
+            f"(trainer.num_nodes × trainer.devices, torchrun --nproc-per-node) or change the layout"
+        )
+    return world_size // model_ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """This process's place in the grid and the groups it talks in."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline_group: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def first_stage_rank(self) -> int:
+        return dist.get_global_rank(self.pipeline_group, 0)
+
+    @property
+    def last_stage_rank(self) -> int:
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+
+    @property
+    def previous_stage_rank(self) -> int:
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_rank - 1)
+
+    @property
+    def next_stage_rank(self) -> int:
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_rank + 1)
+
+
+def initialize(tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_s: float = 600.0) -> Parallel:
+    """Join torch.distributed (torchrun's environment, or a single process) and build the groups.
+
+    A collective that waits longer than `timeout_s` fails on every rank instead of hanging.
+    Raises ValueError when the layout does not divide the world size.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(world_size, tensor, pipeline)
+    place = platform.enable(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        if world_size == 1:
+            store, where = dist.HashStore(), {"rank": 0, "world_size": 1}
+        else:
+            store, where = None, {}
+        dist.init_process_group(place.backend, store=store, timeout=datetime.timedelta(seconds=timeout_s), **where)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current(place.device)
+
+
+def current(device: torch.device) -> Parallel:
+    """The grid that megatron-core holds for this process."""
+    return Parallel(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )

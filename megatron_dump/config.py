@@ -1,0 +1,246 @@
+"""The schema of the YAML. Keys follow NeMo-Aligner's gpt_grpo.yaml; ours are in `trainer.grpo.curriculum`.
+
+examples/conf/gpt_grpo.yaml documents every key. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+
+@dataclasses.dataclass
+class CurriculumConfig:
+    source_key: str = "data_source"
+    sources: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "dump_ucb"})
+    prompts: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "epoch"})
+    budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fixed"})
+
+
+@dataclasses.dataclass
+class InferenceBackendConfig:
+    type: str = "megatron"
+    path: str | None = None
+    record: str | None = None
+
+
+@dataclasses.dataclass
+class GRPOConfig:
+    max_steps: int = 100
+    num_prompts_per_grpo_step: int = 16
+    samples_per_prompt: int = 8
+    val_check_interval: int = 0
+    val_samples_per_prompt: int = 4
+    save_interval: int = 0
+    run_validation_step_0: bool = True
+    gradient_clip_val: float = 1.0
+    initial_policy_kl_penalty: float = 0.001
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
+    inference_backend: InferenceBackendConfig = dataclasses.field(default_factory=InferenceBackendConfig)
+
+
+@dataclasses.dataclass
+class TrainerConfig:
+    num_nodes: int = 1
+    devices: int = 1
+    precision: str = "32"
+    collective_timeout_s: float = 600.0
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+
+
+@dataclasses.dataclass
+class SamplingParams:
+    use_greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass
+class LengthParams:
+    max_length: int = 128
+
+
+@dataclasses.dataclass
+class ModelGRPOConfig:
+    forward_micro_batch_size: int | None = None
+    generation_rollout_mbs: int = 256
+    ratio_eps_low: float = 0.2
+    ratio_eps_high: float = 0.2
+    sampling_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    length_params: LengthParams = dataclasses.field(default_factory=LengthParams)
+
+
+@dataclasses.dataclass
+class SchedConfig:
+    name: str = "constant"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    name: str = "distributed_fused_adam"
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    sched: SchedConfig = dataclasses.field(default_factory=SchedConfig)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    train_files: list[str] = MISSING
+    validation_files: list[str] = dataclasses.field(default_factory=list)
+    max_prompt_length: int | None = None
+    rewards: dict[str, str] = dataclasses.field(default_factory=lambda: {"kk_logic_*": "kk"})
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    micro_batch_size: int = 1
+    global_batch_size: int = 128
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    make_vocab_size_divisible_by: int = 128
+    seed: int = 1234
+    grpo: ModelGRPOConfig = dataclasses.field(default_factory=ModelGRPOConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+
+@dataclasses.dataclass
+class PretrainedCheckpoint:
+    restore_from_path: str = MISSING
+
+
+@dataclasses.dataclass
+class ExpManager:
+    explicit_log_dir: str = MISSING
+    resume_if_exists: bool = True
+    create_tensorboard_logger: bool = False
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Config:
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    pretrained_checkpoint: PretrainedCheckpoint = dataclasses.field(default_factory=PretrainedCheckpoint)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    exp_manager: ExpManager = dataclasses.field(default_factory=ExpManager)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line with the key, the value and the remedy."""
+
+
+def load(raw: DictConfig) -> Config:
+    """Check `raw` against the schema and return it typed. ConfigError for anything that cannot run."""
+    schema = OmegaConf.structured(Config)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(str(error.full_key))) from None
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: no value; set it in the YAML or as {error.full_key}=…") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def unknown_key(key: str) -> str:
+    """One line for a key the schema does not have, naming the nearest it has."""
+    known = _keys(OmegaConf.structured(Config))
+    leaf_matches = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = leaf_matches or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown key {key}{hint} (examples/conf/gpt_grpo.yaml lists every key)"
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in node:
+        full = f"{prefix}{name}"
+        keys.append(full)
+        value = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(value, DictConfig):
+            keys += _keys(value, full + ".")
+    return keys
+
+
+def validate(config: Config) -> None:
+    """Checks that need no other rank and no file. ConfigError names key, value and remedy."""
+    grpo, model = config.trainer.grpo, config.model
+    positive = {
+        "trainer.grpo.max_steps": grpo.max_steps,
+        "trainer.grpo.num_prompts_per_grpo_step": grpo.num_prompts_per_grpo_step,
+        "trainer.grpo.val_samples_per_prompt": grpo.val_samples_per_prompt,
+        "model.micro_batch_size": model.micro_batch_size,
+        "model.global_batch_size": model.global_batch_size,
+        "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "model.grpo.length_params.max_length": model.grpo.length_params.max_length,
+        "model.grpo.sampling_params.temperature": model.grpo.sampling_params.temperature,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{key}={value}: must be above 0")
+    if grpo.samples_per_prompt < 2:
+        raise ConfigError(
+            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: a group needs at least 2 to have a baseline"
+        )
+    if config.trainer.precision not in ("32", "bf16"):
+        raise ConfigError(f"trainer.precision={config.trainer.precision}: must be 32 or bf16")
+    if grpo.inference_backend.type not in ("megatron", "recorded"):
+        raise ConfigError(
+            f"trainer.grpo.inference_backend.type={grpo.inference_backend.type}: known are megatron and recorded"
+        )
+    if grpo.inference_backend.type == "recorded" and not grpo.inference_backend.path:
+        raise ConfigError("trainer.grpo.inference_backend.path: no value; name the file of recorded completions")
+    if model.optim.name != "distributed_fused_adam":
+        raise ConfigError(f"model.optim.name={model.optim.name}: only distributed_fused_adam is known")
+    if model.optim.sched.name not in ("constant", "cosine", "linear"):
+        raise ConfigError(f"model.optim.sched.name={model.optim.sched.name}: known are constant, cosine and linear")
+    if not model.data.train_files:
+        raise ConfigError("model.data.train_files=[]: name at least one parquet file")
+    _check_batches(config)
+
+
+def _check_batches(config: Config) -> None:
+    grpo, model = config.trainer.grpo, config.model
+    n_rollouts = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt
+    if n_rollouts % model.global_batch_size:
+        raise ConfigError(
+            f"model.global_batch_size={model.global_batch_size} does not divide the {n_rollouts} rollouts of a step "
+            f"(trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} × "
+            f"samples_per_prompt={grpo.samples_per_prompt}): choose a divisor"
+        )
+    if model.global_batch_size % grpo.samples_per_prompt:
+        raise ConfigError(
+            f"model.global_batch_size={model.global_batch_size} would cut groups apart: make it a multiple of "
+            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}"
+        )
+
+
+def check_data_parallel(config: Config, data_parallel_size: int) -> None:
+    """Every data-parallel rank must get whole groups and whole micro-batches. ConfigError otherwise."""
+    grpo, model = config.trainer.grpo, config.model
+    prompts = model.global_batch_size // grpo.samples_per_prompt
+    if prompts % data_parallel_size:
+        raise ConfigError(
+            f"model.global_batch_size={model.global_batch_size} is {prompts} groups of "
+            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}, which {data_parallel_size} data-parallel ranks "
+            f"cannot share evenly: make it a multiple of {grpo.samples_per_prompt * data_parallel_size}"
+        )
+    share = model.global_batch_size // data_parallel_size
+    if share % model.micro_batch_size:
+        raise ConfigError(
+            f"model.micro_batch_size={model.micro_batch_size} does not divide the {share} rollouts of a data-parallel "
+            f"rank (model.global_batch_size={model.global_batch_size} / {data_parallel_size}): choose a divisor"
+        )

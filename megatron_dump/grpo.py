@@ -1,0 +1,64 @@
+"""The mathematics of GRPO: advantages, policy loss, KL. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards_N: Tensor, groups_N: Tensor, normalize: bool = True, eps: float = 1e-6) -> Tensor:
+    """A = (r - mean) / (std + eps) inside each group, std with ddof 1 (DeepSeekMath, 2402.03300, section 4.1.2).
+
+    rewards float [N]; groups int64 [N], any labels. `normalize=False` leaves the std out (Dr. GRPO, 2503.20783).
+    A group of one gets 0: it says nothing about its own baseline.
+    """
+    labels, index = groups_N.unique(return_inverse=True)
+    zeros = rewards_N.new_zeros(len(labels))
+    count = zeros.index_add(0, index, torch.ones_like(rewards_N))
+    centred = rewards_N - (zeros.index_add(0, index, rewards_N) / count)[index]
+    if not normalize:
+        return centred
+    variance = zeros.index_add(0, index, centred**2) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt()[index] + eps)
+
+
+def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy || reference) at each token: exp(d) - d - 1 with d = ref - policy."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    denominator: float | Tensor,
+    ratio_eps_low: float = 0.2,
+    ratio_eps_high: float = 0.2,
+    ref_logprobs: Tensor | None = None,
+    kl_penalty: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate plus KL penalty, summed over this micro-batch's tokens and divided by `denominator`.
+
+    logprobs, old_logprobs, ref_logprobs, mask [B, T]; advantages [B]. With the number of sampled tokens of the whole
+    global batch as denominator, the micro-batch losses add up to its token mean (DAPO, 2503.14476, eq. 12), however it
+    is split. The clipped objective is PPO's (1707.06347, eq. 7); GRPO adds the KL term (2402.03300, eq. 3).
+    Returns the loss and detached sums over tokens, to be divided by the same denominator.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - ratio_eps_low, 1 + ratio_eps_high)
+    advantages = advantages[:, None]
+    surrogate, surrogate_clipped = ratio * advantages, clipped * advantages
+    pg_loss = -(torch.minimum(surrogate, surrogate_clipped) * mask).sum()
+    loss = pg_loss
+    metrics = {
+        "actor/pg_loss": pg_loss.detach(),
+        "actor/pg_clipfrac": ((surrogate_clipped < surrogate) * mask).sum().detach(),
+    }
+    if ref_logprobs is not None:
+        kl = (k3_kl(logprobs, ref_logprobs) * mask).sum()
+        loss = loss + kl_penalty * kl
+        metrics["actor/kl_loss"] = kl.detach()
+    metrics["actor/loss"] = loss.detach()
+    return loss / denominator, metrics

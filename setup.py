@@ -1,0 +1,37 @@
+"""Installs `megatron-dump`: the packages megatron_dump and kk."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-dump",
+    version="0.1.0",
+    description="GRPO post-training on megatron-core with a sampler that learns what to draw",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megatron_dump", "megatron_dump.*", "kk"]),
+    install_requires=[
+        # With no GPU install torch's CPU build first: another package asking for torch would bring CUDA.
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.20",
+        "psutil",  # megatron-core's checkpoints import it without declaring it
+        "numpy",
+        "pyarrow",
+        "hydra-core>=1.3",
+        "omegaconf>=2.3",
+        "transformers>=4.51",
+        "safetensors",
+        "wandb",
+        "rich",
+        "matplotlib",
+    ],
+    extras_require={
+        "vllm": ["vllm"],
+        "ray": ["ray[default]>=2.40"],
+        "te": ["transformer-engine[pytorch]"],
+        "dev": ["pytest", "hypothesis", "tensorboard", "ruff", "pyright"],
+    },
+)

@@ -1,0 +1,72 @@
+"""A random tiny model, its configuration and rollouts on it, for tests on several ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_dump import config as schema
+from megatron_dump.actor import parallel
+from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.types import Completion
+
+VOCABULARY = 61  # not a multiple of anything: exercises the padding of the embedding
+STOP = 0
+
+
+def write_model(path: str, seed: int = 0, tied: bool = True) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+            eos_token_id=STOP, bos_token_id=None, initializer_range=0.2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):  # HF starts them at 1 and 0, which would hide mistakes
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def make_config(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> schema.Config:
+    base = OmegaConf.create({
+        "trainer": {"grpo": {"max_steps": 10, "num_prompts_per_grpo_step": 4, "samples_per_prompt": 4,
+                             "initial_policy_kl_penalty": 0.1}},
+        "pretrained_checkpoint": {"restore_from_path": path},
+        "model": {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline,
+                  "micro_batch_size": 4, "global_batch_size": 16, "make_vocab_size_divisible_by": 8,
+                  "optim": {"lr": 1e-2}, "data": {"train_files": ["none"]},
+                  "grpo": {"sampling_params": {"temperature": 0.7}}},
+        "exp_manager": {"explicit_log_dir": "none"},
+    })  # fmt: skip
+    return schema.load(OmegaConf.merge(base, OmegaConf.create(overrides)))
+
+
+def make_actor(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> MegatronGPTGRPOActor:
+    config = make_config(path, tensor, pipeline, **overrides)
+    grid = parallel.initialize(tensor, pipeline, timeout_s=60)
+    return MegatronGPTGRPOActor(config, grid)
+
+
+def random_rollouts(n: int, seed: int = 0) -> tuple[list[np.ndarray], list[Completion], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, VOCABULARY, rng.integers(3, 9)) for _ in range(n)]
+    completions = []
+    for i in range(n):
+        tokens = rng.integers(0, VOCABULARY, rng.integers(1, 14))
+        logprobs = rng.normal(-2, 0.1, len(tokens)).astype(np.float32)
+        completions.append(Completion(i // 4, i % 4, tokens, logprobs, True, 0))
+    return prompts, completions, rng.normal(size=n)
+
+
+def share_of(actor: MegatronGPTGRPOActor, seed: int = 0, n: int = 16):
+    """This rank's TrainBatch of n global rollouts."""
+    prompts, completions, advantages = random_rollouts(n, seed)
+    total = float(sum(len(c.token_ids) for c in completions))
+    rows = np.array_split(np.arange(n), actor.parallel.data_size)[actor.parallel.data_rank]
+    return actor.make_batch([prompts[i] for i in rows], [completions[i] for i in rows], advantages[rows], total)

@@ -1,0 +1,142 @@
+"""launch_slurm.sh with fake Slurm commands: what it asks of srun and torchrun, and what it never prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch_slurm.sh"
+
+FAKES = {
+    # srun writes its own options, then runs the step's command as the second node would
+    "srun": """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do echo "SRUN $1"; shift; done
+SLURM_NODEID=1 exec "$@"
+""",
+    "scontrol": """#!/usr/bin/env bash
+case "$1 $2" in
+  "show hostnames") printf 'node7\\nnode8\\n' ;;
+  "show job") printf 'JobId=%s JobName=x\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "$FAKE_COMMAND" ;;
+esac
+""",
+    "getent": """#!/usr/bin/env bash
+[[ "$* ${FAKE_DNS:-up}" == "ahostsv4 node7 up" ]] && printf '10.0.0.7 STREAM node7\\n10.0.0.7 DGRAM\\n'
+""",
+    "fakepython": f"""#!{sys.executable}
+import json, os, sys
+print("PYTHON", json.dumps({{"argv": sys.argv[1:], "cwd": os.getcwd(), "key": os.environ.get("WANDB_API_KEY") == "s3cr3t"}}))
+""",
+}
+JOB = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "node[7-8]",
+    "SLURM_GPUS_ON_NODE": "4",
+}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run the script as Slurm does: a copy in a spool folder, from another folder, with fakes first in PATH."""
+    binaries, repo, spool = tmp_path / "bin", tmp_path / "my repo", tmp_path / "spool"
+    for folder in (binaries, repo / "examples", spool):
+        folder.mkdir(parents=True)
+    for name, text in FAKES.items():
+        (binaries / name).write_text(text)
+        (binaries / name).chmod(0o755)
+    (repo / "examples" / "train_gpt_grpo.py").touch()
+    shutil.copy(SCRIPT, repo)
+    shutil.copy(SCRIPT, spool / "slurm_script")
+
+    def run(*args: str, trace: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        base = {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHON": "fakepython", **JOB}
+        base["FAKE_COMMAND"] = " ".join([str(repo / "launch_slurm.sh"), *args])
+        command = ["bash", *(["-x"] if trace else []), str(spool / "slurm_script"), *args]
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 20}
+        return subprocess.run(command, env=base | env, check=False, **options)
+
+    run.repo = repo
+    return run
+
+
+def srun_options(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.removeprefix("SRUN ") for line in result.stdout.splitlines() if line.startswith("SRUN ")]
+
+
+def python_call(result: subprocess.CompletedProcess[str]) -> dict:
+    assert result.returncode == 0, result.stderr
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith("PYTHON "))[7:])
+
+
+def test_syntax():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", str(SCRIPT)], check=True)
+
+
+def test_one_torchrun_a_node(launch):
+    result = launch("--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'")
+    assert srun_options(result) == [
+        "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none",
+    ]  # fmt: skip
+    call = python_call(result)
+    assert call["cwd"] == str(launch.repo)
+    assert call["argv"] == [
+        "-m", "torch.distributed.run", "--node-rank=1", "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0",
+        "--rdzv-backend=static", "--rdzv-id=123456", "--rdzv-endpoint=10.0.0.7:23456",
+        "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'",
+        "trainer.num_nodes=2", "trainer.devices=4",
+    ]  # fmt: skip
+
+
+def test_processes_a_node_without_gpus(launch):
+    assert "--nproc-per-node=3" in python_call(launch(SLURM_GPUS_ON_NODE="", NPROC_PER_NODE="3"))["argv"]
+    result = launch(SLURM_GPUS_ON_NODE="")
+    assert result.returncode != 0
+    assert "NPROC_PER_NODE" in result.stderr
+
+
+def test_container_and_site_file(launch):
+    image = "registry#team/megatron:1"
+    (launch.repo / "launch_slurm.env").write_text(f'CONTAINER_IMAGE="{image}"\n: "${{NPROC_PER_NODE:=8}}"\n')
+    result = launch(CONTAINER_MOUNTS="/data:/data", NPROC_PER_NODE="2")
+    assert srun_options(result)[5:] == [
+        f"--container-image={image}",
+        f"--container-mounts={launch.repo}:{launch.repo},/data:/data",
+        f"--container-workdir={launch.repo}",
+    ]
+    assert "trainer.devices=2" in python_call(result)["argv"]  # the environment wins over a := line
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_secrets_reach_the_processes_and_no_output(launch, tmp_path, trace):
+    (tmp_path / "secrets").write_text("WANDB_API_KEY=s3cr3t\necho s3cr3t\n")
+    result = launch(SECRETS_FILE="secrets", trace=trace)
+    assert python_call(result)["key"]
+    assert "s3cr3t" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("text", ["WANDB_API_KEY= s3cr3t\nA=b\n", "A=x$s3cr3t\n", "A='s3cr3t\n"])
+def test_a_malformed_secrets_file_is_an_error_that_does_not_quote_it(launch, tmp_path, text):
+    (tmp_path / "secrets").write_text(text)
+    result = launch(SECRETS_FILE="secrets")
+    assert result.returncode != 0
+    assert "SECRETS_FILE" in result.stderr
+    assert "s3cr3t" not in result.stdout + result.stderr
+
+
+def test_errors_name_the_remedy(launch):
+    assert "sbatch" in launch(SLURM_JOB_ID="").stderr
+    assert "REPO_DIR" in launch(REPO_DIR="/nowhere").stderr
+    assert "node7 has no IPv4" in launch(FAKE_DNS="down").stderr

@@ -1,0 +1,188 @@
+"""What reaches metrics.jsonl, the console, TensorBoard and wandb, and what never does."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megatron_dump.monitor import Monitor
+
+SOURCES = ["kk_logic_10", "kk_logic_2", "kk_logic_3"]
+
+
+def step_metrics(drawn: tuple[str, ...] = ("kk_logic_2", "kk_logic_3")) -> dict[str, float]:
+    metrics = {
+        "critic/score/mean": 0.25,
+        "response_length/mean": 120.4,
+        "actor/kl_loss": 0.0021,
+        "actor/grad_norm": 0.5,
+        "timing_s/gen": 3.0,
+        "timing_s/step": 6.0,
+    }
+    for source in SOURCES:
+        metrics |= {f"curriculum/{source}/weight": 1 / 3, f"curriculum/{source}/n_prompts": 0.0}
+    for n_rollouts, source in zip((8, 24), drawn, strict=True):
+        metrics |= {f"curriculum/{source}/n_prompts": n_rollouts / 8, f"curriculum/{source}/n_rollouts": n_rollouts}
+        metrics |= {f"train/{source}/reward/mean": 0.75, f"train/{source}/accuracy": n_rollouts / 32}
+    return metrics
+
+
+def read(log_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    monitor.log_step(1, step_metrics() | {"actor/grad_norm": float("inf")})
+    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5, "accuracy_se": 0.1}})
+    rows = read(tmp_path)
+    assert rows[0]["step"] == 1
+    assert rows[0]["train/kk_logic_2/accuracy"] == 0.25
+    assert rows[0]["actor/grad_norm"] is None
+    assert rows[1] == {"step": 1, "val/kk_logic_2/accuracy": 0.5, "val/kk_logic_2/accuracy_se": 0.1}
+    monitor.close()
+    monitor.close()
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    monitor = Monitor(
+        tmp_path / "run", SOURCES, 10, 1, {"create_wandb_logger": True, "create_tensorboard_logger": True}
+    )
+    monitor.truncate_after(3)
+    monitor.log_step(1, step_metrics())
+    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5}})
+    monitor.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_resume_repeats_no_step_and_keeps_the_totals(tmp_path, capsys):
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    for step in range(1, 5):
+        monitor.log_step(step, step_metrics())
+    monitor.log_validation(2, {"kk_logic_2": {"accuracy": 0.125}})
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 5, "critic/sc')  # the process died here
+
+    resumed = Monitor(tmp_path, SOURCES, 10, 0, {})
+    with pytest.raises(ValueError, match="truncate_after"):
+        resumed.log_step(3, step_metrics())
+    resumed.truncate_after(2)
+    capsys.readouterr()
+    for step in range(3, 6):
+        resumed.log_step(step, step_metrics())
+    assert [row["step"] for row in read(tmp_path)] == [1, 2, 2, 3, 4, 5]
+    row = next(line for line in capsys.readouterr().out.splitlines() if "kk_logic_3" in line)
+    assert row.split() == ["kk_logic_3", "0.333", "███", "3", "15", "0.750", "0.750", "–"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]  # no temporary file left
+
+
+def test_a_broken_line_inside_the_file_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        Monitor(tmp_path, SOURCES, 10, 0, {})
+
+
+def test_plain_output_has_a_line_a_step_and_a_table_every_five_and_at_the_end(tmp_path, capsys):
+    monitor = Monitor(tmp_path, SOURCES, 7, 0, {})
+    monitor.log_validation(0, {s: {"accuracy": 0.125} for s in SOURCES})
+    for step in range(1, 8):
+        monitor.log_step(step, step_metrics())
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 110
+    assert "step 3/7  reward 0.250  accuracy 0.625  len 120  kl 0.0021  grad_norm 0.500  seconds 6.0" in out
+    assert out.count("weight") == 2  # tables at steps 5 and 7
+    names = [line.split()[0] for line in out.splitlines() if line.strip().startswith("kk_logic")]
+    assert names == ["kk_logic_2", "kk_logic_3", "kk_logic_10"] * 2
+    undrawn = next(line for line in out.splitlines() if line.strip().startswith("kk_logic_10"))
+    assert undrawn.split() == ["kk_logic_10", "0.333", "███", "0", "0", "–", "–", "0.125"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_live_view_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for name, value in {"TERM": "xterm", "COLUMNS": "110", "LINES": "40"}.items():
+        monkeypatch.setenv(name, value)
+    terminal = sys.stdout
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    monitor.log_step(1, step_metrics())
+    monitor.log_step(2, step_metrics())
+    monitor.close()
+    out = terminal.getvalue()
+    for expected in ("step 2/10", "ETA 0:00:48", "gen 3.0 · step 6.0", "grad_norm 0.500", "kk_logic_10", "━"):
+        assert expected in out
+    assert "\x1b[" in out
+
+
+def test_tensorboard_hides_what_a_resume_repeats(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, value in ((1, 0.25), (2, 0.75)):
+        monitor = Monitor(tmp_path, SOURCES, 10, 0, {"create_tensorboard_logger": True})
+        monitor.truncate_after(first - 1)
+        for step in range(first, 4):
+            monitor.log_step(step, {"critic/score/mean": value})
+        monitor.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.75), (3, 0.75)]
+
+
+def fake_wandb(calls: list[tuple], failing: str) -> types.ModuleType:
+    """A wandb whose `failing` function raises, with a secret in the message."""
+
+    def record(name):
+        def call(*args, **kwargs):
+            calls.append((name, args, kwargs))
+            if name == failing:
+                raise ConnectionError("cannot reach the server with key s3cr3t-value")
+            return types.SimpleNamespace(log=record("log"), finish=record("finish"))
+
+        return call
+
+    module = types.ModuleType("wandb")
+    module.init = record("init")
+    module.Settings = lambda **kwargs: kwargs
+    return module
+
+
+@pytest.mark.parametrize("failing", ["none", "init", "log", "finish"])
+def test_wandb_outage_warns_once_and_leaks_nothing(tmp_path, monkeypatch, caplog, capsys, failing):
+    calls: list[tuple] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls, failing))
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value")
+    manager = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "dump", "name": "kk"}}
+    for _ in range(2):  # the second is a resume
+        monitor = Monitor(tmp_path, SOURCES, 10, 0, manager)
+        monitor.truncate_after(0)
+        monitor.log_step(1, step_metrics())
+        monitor.log_step(2, step_metrics())
+        monitor.close()
+    inits = [kwargs for name, _, kwargs in calls if name == "init"]
+    assert inits[0]["project"] == "dump" and inits[0]["name"] == "kk"
+    assert inits[0]["id"] == inits[1]["id"] == (tmp_path / "wandb_run_id").read_text()
+    assert len(caplog.records) == (0 if failing == "none" else 2)  # one a process
+    assert "s3cr3t-value" not in caplog.text + "".join(capsys.readouterr())
+    assert "s3cr3t-value" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    assert [row["step"] for row in read(tmp_path)] == [1, 2]
+
+
+def test_wandb_offline_for_real(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    manager = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "dump", "name": "kk"}}
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, manager)
+    monitor.log_step(1, step_metrics())
+    monitor.close()
+    assert not caplog.records
+    assert list((tmp_path / "wandb").glob("offline-run-*"))

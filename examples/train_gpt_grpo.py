@@ -160,8 +160,7 @@ def main() -> int:
     try:
         raw, config = read_config(sys.argv[1:])
         trainer = build(raw, config)
-        if config.exp_manager.resume_if_exists:
-            trainer.resume()
+        trainer.resume(config.exp_manager.resume_if_exists)
     except (ValueError, FileNotFoundError) as error:  # what is wrong with the input; a traceback would bury it
         print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
         return 1

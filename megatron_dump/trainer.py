@@ -92,6 +92,7 @@ class GRPOTrainer:
                 metrics = self.train(watch, requests, completions, advantages, outcomes)
             self.step += 1
             self.log(watch, metrics, outcomes, requests)
+            self.monitor.log_draw(self.step, draw)
             self.monitor.log_samples(self.step, _samples(requests, completions, scores))
             if _due(self.step, self.config.val_check_interval, self.config.max_steps):
                 self.validate()
@@ -182,10 +183,19 @@ class GRPOTrainer:
             "consumed_samples": self.sampler.consumed_samples,
         })  # fmt: skip
 
-    def resume(self) -> bool:
-        """Continue from the latest checkpoint, if there is one. ValueError if the run would silently differ."""
+    def resume(self, allowed: bool = True) -> bool:
+        """Continue from the latest checkpoint, if there is one.
+
+        ValueError if the run would silently differ, or if there is one and continuing is not `allowed`.
+        """
         latest = self.checkpoints.latest()
+        if latest is not None and not allowed:
+            raise ValueError(
+                f"exp_manager.resume_if_exists=false, but exp_manager.explicit_log_dir holds a checkpoint of step {latest}: "
+                "choose another folder, or set it to true"
+            )
         if latest is None:
+            self.monitor.start_over()
             return False
         state = self.checkpoints.load(latest)
         self.curriculum.load_state_dict(state["curriculum"])

@@ -92,7 +92,7 @@ class MegatronGPTGRPOActor:
                 logprobs, old, micro.advantages, micro.mask, batch.global_tokens, *self.ratio_eps,
                 ref_logprobs=micro.ref_logprobs, kl_penalty=self.kl_penalty,
             )  # fmt: skip
-            difference = (logprobs.detach() - micro.rollout_logprobs).abs() * micro.mask
+            difference = (old - micro.rollout_logprobs).abs() * micro.mask  # generator against trainer, same weights
             sums["actor/entropy"] = (entropy * micro.mask).sum()
             sums["actor/logprobs"] = (logprobs.detach() * micro.mask).sum()
             sums["rollout/logprob_diff_mean"] = difference.sum()

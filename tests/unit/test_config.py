@@ -1,0 +1,73 @@
+"""The YAML schema: what it accepts, and the one line it answers to what it does not."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from megatron_dump import config as schema
+
+CONF = pathlib.Path(__file__).resolve().parents[2] / "examples/conf"
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def _compose(name: str, *overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.mark.parametrize("name", [r for r in RECIPES if r != "gpt_grpo"])
+def test_every_recipe_loads(name):
+    config = schema.load(_compose(name))
+    world = config.trainer.devices * config.trainer.num_nodes
+    replica = config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
+    assert world % replica == 0
+    schema.check_data_parallel(config, world // replica)
+
+
+def test_the_documented_defaults_are_the_defaults():
+    """gpt_grpo.yaml lists every key of the schema with its default value."""
+    documented = OmegaConf.to_container(_compose("gpt_grpo"))
+    defaults = OmegaConf.to_container(OmegaConf.structured(schema.Config))
+    assert documented == defaults
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.grpo.max_stepz=3", "unknown key trainer.grpo.max_stepz; did you mean trainer.grpo.max_steps?"),
+        ("+model.lr=1", "unknown key model.lr; did you mean model.optim.lr?"),
+        ("trainer.grpo.max_steps=many", "trainer.grpo.max_steps: Value 'many' of type 'str' could not be converted"),
+        ("trainer.grpo.max_steps=0", "trainer.grpo.max_steps=0: must be above 0"),
+        ("trainer.precision=16", "trainer.precision=16: must be 32 or bf16"),
+        ("trainer.grpo.samples_per_prompt=1", "trainer.grpo.samples_per_prompt=1: a group needs at least 2"),
+        ("model.global_batch_size=48", "model.global_batch_size=48 does not divide the 128 rollouts of a step"),
+        ("model.global_batch_size=4", "model.global_batch_size=4 would cut groups apart: make it a multiple of"),
+        ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
+        ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
+        ("model.optim.name=sgd", "model.optim.name=sgd: only distributed_fused_adam is known"),
+        ("model.data.train_files=[]", "model.data.train_files=[]: name at least one parquet file"),
+        ("exp_manager.explicit_log_dir=???", "exp_manager.explicit_log_dir: no value; set it"),
+    ],
+)
+def test_errors_are_one_line_with_key_value_and_remedy(override, message):
+    with pytest.raises(schema.ConfigError) as error:
+        schema.load(_compose("kk_cpu", override))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "ranks", "message"),
+    [
+        ("model.global_batch_size=64", 16, "is 8 groups of .*, which 16 data-parallel ranks cannot share evenly"),
+        ("model.micro_batch_size=48", 2, "model.micro_batch_size=48 does not divide the 64 rollouts"),
+    ],
+)
+def test_data_parallel_ranks_get_whole_groups_and_micro_batches(override, ranks, message):
+    config = schema.load(_compose("kk_cpu", override))
+    with pytest.raises(schema.ConfigError, match=message):
+        schema.check_data_parallel(config, ranks)

@@ -1,0 +1,106 @@
+"""Advantages, loss and log-probabilities against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dump import grpo
+from megatron_dump.actor.logprobs import vocab_parallel_logprobs
+from tests.distributed.launch import run_ranks
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.randoms())
+def test_advantages_equal_the_textbook(groups, random):
+    pairs = [(label, reward) for label, rewards in enumerate(groups) for reward in rewards]
+    random.shuffle(pairs)
+    rewards = torch.tensor([r for _, r in pairs], dtype=torch.float64)
+    ours = grpo.group_advantages(rewards, torch.tensor([label * 7 for label, _ in pairs]))
+    for (label, reward), advantage in zip(pairs, ours.tolist(), strict=True):
+        group = groups[label]
+        if len(group) == 1:
+            assert advantage == 0
+        else:
+            expected = (reward - statistics.fmean(group)) / (statistics.stdev(group) + 1e-6)
+            assert advantage == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_a_two_valued_reward_has_the_learnability_of_the_paper():
+    """E|A| = 2 sqrt(p (1 - p)) sqrt((G - 1) / G), whatever the reward's scale."""
+    for size, right, (low, high) in itertools.product((4, 16), (1, 3), ((0.0, 1.0), (-3.0, 3.0))):
+        rewards = torch.tensor([high] * right + [low] * (size - right), dtype=torch.float64)
+        mean = grpo.group_advantages(rewards, torch.zeros(size, dtype=torch.int64), eps=0.0).abs().mean().item()
+        p = right / size
+        assert mean == pytest.approx(2 * math.sqrt(p * (1 - p)) * math.sqrt((size - 1) / size), rel=1e-9)
+
+
+def _loss_by_hand(logprobs, old, ref, advantages, mask, low, high, beta) -> float:
+    total = 0.0
+    for b, t in itertools.product(range(len(mask)), range(len(mask[0]))):
+        if mask[b][t]:
+            ratio = math.exp(logprobs[b][t] - old[b][t])
+            clipped = min(max(ratio, 1 - low), 1 + high)
+            d = ref[b][t] - logprobs[b][t]
+            total += -min(ratio * advantages[b], clipped * advantages[b]) + beta * (math.exp(d) - d - 1)
+    return total
+
+
+def test_policy_loss_equals_the_formula_and_does_not_depend_on_the_split():
+    torch.manual_seed(0)
+    logprobs, old, ref = (torch.randn(6, 5, dtype=torch.float64) * 0.4 - 2 for _ in range(3))
+    advantages, mask = torch.randn(6, dtype=torch.float64), (torch.rand(6, 5) < 0.7).double()
+    n = mask.sum()
+
+    def loss(rows):
+        return grpo.policy_loss(
+            logprobs[rows], old[rows], advantages[rows], mask[rows], n, 0.2, 0.28, ref[rows], kl_penalty=0.3
+        )
+
+    whole, metrics = loss(slice(None))
+    arrays = (x.tolist() for x in (logprobs, old, ref, advantages, mask))
+    assert whole.item() == pytest.approx(_loss_by_hand(*arrays, 0.2, 0.28, 0.3) / n.item(), rel=1e-12)
+    parts = sum(loss(slice(i, i + 2))[0].item() for i in (0, 2, 4))
+    assert parts == pytest.approx(whole.item(), rel=1e-12)
+    assert 0 < metrics["actor/pg_clipfrac"] < n
+
+
+def test_clipping_stops_the_gradient_only_where_it_should():
+    old = torch.zeros(4, 1)
+    logprobs = torch.log(torch.tensor([[1.5], [0.5], [1.5], [0.5]])).requires_grad_()
+    loss, metrics = grpo.policy_loss(logprobs, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4, 1), 1.0)
+    loss.backward()
+    assert (logprobs.grad[:, 0] != 0).tolist() == [False, True, True, False]
+    assert metrics["actor/pg_clipfrac"] == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_vocab_parallel_logprobs_equal_a_dense_softmax(size):
+    """Values, entropy and gradients; 13 of 16 columns are vocabulary, the rest padding."""
+    torch.manual_seed(1)
+    logits, targets, weight = torch.randn(3, 4, 16) * 3, torch.randint(0, 13, (3, 4)), torch.randn(3, 4)
+    dense = logits[..., :13].clone().requires_grad_()
+    distribution = torch.distributions.Categorical(logits=dense / 0.7)
+    expected = distribution.log_prob(targets)
+    (expected * weight).sum().backward()
+
+    def rank():
+        r = dist.get_rank()
+        own = logits.chunk(size, -1)[r].clone().requires_grad_()
+        logprobs, entropy = vocab_parallel_logprobs(own, targets, dist.group.WORLD, r, 13, temperature=0.7)
+        (logprobs * weight).sum().backward()
+        return logprobs.detach(), entropy, own.grad
+
+    results = run_ranks(rank, size)
+    for logprobs, entropy, _ in results:
+        torch.testing.assert_close(logprobs, expected.detach())
+        torch.testing.assert_close(entropy, distribution.entropy().detach())
+    gradient = torch.cat([g for *_, g in results], -1)
+    torch.testing.assert_close(gradient[..., :13], dense.grad)
+    assert not gradient[..., 13:].any()

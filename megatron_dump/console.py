@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from statistics import fmean, stdev
 from typing import Any
 
 from rich import box
@@ -37,15 +38,12 @@ class Screen:
         self.live = Live(console=self._console, auto_refresh=False)  # drawn by steps alone: no thread beside forks
         self._seconds: list[float] = []  # of the latest steps, for the ETA
 
-    def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Totals and last validation as the earlier part of the run left them."""
+    def restore(self, rows: list[dict[str, Any]], validations: list[dict[str, Any]]) -> None:
+        """Totals and validations as the earlier part of the run left them."""
         self._totals = dict.fromkeys(self._sources, 0)
-        self._validation: dict[str, float] = {}
-        self._validations: list[tuple[int, Mapping[str, Mapping[str, float]]]] = []
         for row in rows:
             self._add_draws(row)
-            if per_source := _validation_of(row, self._sources):
-                self._remember(row["step"], per_source)
+        self._validations = [(row["step"], row["pass_rates"]) for row in validations]
 
     def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._add_draws(metrics)
@@ -61,9 +59,9 @@ class Screen:
         header = (self._progress(step, metrics), Text(f"seconds: {phases}", style="dim"), Text(values))
         self.live.update(Group(*header, self._table(metrics)), refresh=True)
 
-    def show_validation(self, step: int, per_source: Mapping[str, Mapping[str, float]]) -> None:
-        self._remember(step, per_source)
-        values = "  ".join(f"{s} {per_source[s]['accuracy']:.3f}" for s in sorted(per_source, key=natural_key))
+    def show_validation(self, step: int, pass_rates: Mapping[str, list[float]]) -> None:
+        self._validations.append((step, pass_rates))
+        values = "  ".join(f"{s} {fmean(pass_rates[s]):.3f}" for s in sorted(pass_rates, key=natural_key))
         self._console.print(f"validation at step {step}: accuracy  {values}", soft_wrap=True, markup=False)
 
     def _add_draws(self, metrics: Mapping[str, float]) -> None:
@@ -82,32 +80,39 @@ class Screen:
         table = Table("source", box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: fits 80 columns
         for title in ("weight", "", "prompts", "total", "reward", "accuracy", "val acc"):
             table.add_column(title, justify="right" if title else "left", no_wrap=True)
+        latest = {s: fmean(v) for s, v in self._validations[-1][1].items()} if self._validations else {}
         for source in self._sources:
             weight = metrics.get(f"curriculum/{source}/weight", math.nan)
             bar = Text("█" * (round(10 * weight) if math.isfinite(weight) else 0), style="cyan")
             draws = (str(int(metrics.get(f"curriculum/{source}/n_prompts", 0))), str(self._totals[source]))
             train = [format_number(metrics.get(f"train/{source}/{key}")) for key in ("reward/mean", "accuracy")]
-            table.add_row(Text(source), format_number(weight), bar, *draws, *train, format_number(self._validation.get(source)))
+            table.add_row(Text(source), format_number(weight), bar, *draws, *train, format_number(latest.get(source)))
         return table
 
-    def _remember(self, step: int, per_source: Mapping[str, Mapping[str, float]]) -> None:
-        self._validations.append((step, per_source))
-        self._validation |= {source: values["accuracy"] for source, values in per_source.items()}
-
     def show_summary(self) -> None:
-        """Test accuracy of the first and the last validation, with standard errors over prompts."""
+        """Accuracy of the first and the last validation with standard errors; the change's is over paired prompts."""
         if len(self._validations) < 2:
             return
         (first, before), (last, after) = self._validations[0], self._validations[-1]
-        title = f"test accuracy, sampled (± standard error), before and after {last - first} steps"
-        table = Table("source", title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        self._console.print(f"test accuracy, sampled, ± standard error over prompts: {last - first} steps apart")
+        table = Table("source", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for column in ("before", "after", "change"):
             table.add_column(column, justify="right", no_wrap=True)
+        rows = []
         for source in sorted(set(before) & set(after), key=natural_key):
-            table.add_row(source, *_change(_accuracy(before[source]), _accuracy(after[source])))
-        means = [_mean_accuracy(list(v.values())) for v in (before, after)]
-        table.add_row("mean", *_change(*means), style="bold")
+            pairs = list(zip(before[source], after[source], strict=True))
+            columns = ([b for b, _ in pairs], [a for _, a in pairs], [a - b for b, a in pairs])
+            rows.append([(fmean(c), stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan) for c in columns])
+            table.add_row(source, *_with_errors(rows[-1]))
+        if rows:  # unweighted mean over sources; independent errors add in squares
+            means = [(fmean(v for v, _ in c), math.hypot(*(e for _, e in c)) / len(c)) for c in zip(*rows, strict=True)]
+            table.add_row("mean", *_with_errors(means), style="bold")
         self._console.print(table)
+
+
+def _with_errors(columns: list[tuple[float, float]]) -> list[str]:
+    """Before, after and (signed) change, each as "value ± standard error"."""
+    return [f"{value:{sign}.3f} ± {error:.3f}" for sign, (value, error) in zip(("", "", "+"), columns, strict=True)]
 
 
 def overall_accuracy(sources: list[str], metrics: Mapping[str, float]) -> float:
@@ -124,30 +129,3 @@ def natural_key(name: str) -> list[str | int]:
 
 def format_number(value: float | None, spec: str = ".3f") -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, spec)
-
-
-def _validation_of(row: Mapping[str, Any], sources: list[str]) -> dict[str, dict[str, float]]:
-    """The validation in a line of metrics.jsonl; {} if it holds none."""
-    found: dict[str, dict[str, float]] = {}
-    for source in sources:
-        prefix = f"val/{source}/"
-        if f"{prefix}accuracy" in row:
-            found[source] = {k[len(prefix) :]: v for k, v in row.items() if k.startswith(prefix)}
-    return found
-
-
-def _accuracy(values: Mapping[str, float]) -> tuple[float, float]:
-    """Accuracy and its standard error."""
-    return values["accuracy"], values.get("accuracy_se") or 0.0
-
-
-def _mean_accuracy(rows: list[Mapping[str, float]]) -> tuple[float, float]:
-    """Unweighted mean over sources; independent errors add in squares."""
-    pairs = [_accuracy(row) for row in rows]
-    return sum(a for a, _ in pairs) / len(pairs), math.hypot(*(e for _, e in pairs)) / len(pairs)
-
-
-def _change(before: tuple[float, float], after: tuple[float, float]) -> list[str]:
-    error = math.hypot(before[1], after[1])
-    pairs = [("", *before), ("", *after), ("+", after[0] - before[0], error)]
-    return [f"{value:{sign}.3f} ± {se:.3f}" for sign, value, se in pairs]

@@ -18,7 +18,7 @@ from megatron_dump.types import Draw
 
 log = logging.getLogger(__name__)
 
-FILES = ("metrics.jsonl", "curriculum.jsonl", "samples.jsonl")  # JSON lines, each with its step
+FILES = ("metrics.jsonl", "curriculum.jsonl", "samples.jsonl", "validation.jsonl")  # JSON lines, each with its step
 
 
 class Monitor:
@@ -52,7 +52,8 @@ class Monitor:
             if path.exists():
                 _keep_rows(path, step)
         rows = _keep_rows(self.path, step)
-        self._screen.restore(rows)
+        validations = self.path.with_name("validation.jsonl")
+        self._screen.restore(rows, _read_rows(validations))
         trained = [row["step"] for row in rows if any(not key.startswith("val/") for key in row if key != "step")]
         self._last_step = max(trained, default=-1)
 
@@ -78,11 +79,17 @@ class Monitor:
         self._write(step, metrics)
         self._screen.show_step(step, metrics)
 
-    def log_validation(self, step: int, per_source: Mapping[str, Mapping[str, float]]) -> None:
-        """Record a validation as `val/<source>/<name>` in a line of its own; every source has an `accuracy`."""
+    def log_validation(
+        self, step: int, per_source: Mapping[str, Mapping[str, float]], pass_rates: Mapping[str, list[float]]
+    ) -> None:
+        """Record a validation as `val/<source>/<name>` in a line of its own; every source has an `accuracy`.
+
+        pass_rates: source -> pass rate of each of its prompts, in an order that never changes; in validation.jsonl.
+        """
         if self._active:
             self._write(step, {f"val/{source}/{k}": v for source, row in per_source.items() for k, v in row.items()})
-            self._screen.show_validation(step, per_source)
+            self._append("validation.jsonl", [{"step": step, "pass_rates": pass_rates}])
+            self._screen.show_validation(step, pass_rates)
 
     def log_draw(self, step: int, draw: Draw) -> None:
         """Keep what the curriculum chose in curriculum.jsonl."""

@@ -174,7 +174,7 @@ class GRPOTrainer:
         if self.validation is not None:
             n = self.config.val_samples_per_prompt
             result = evaluate.validate(self.validator, self.validation, self.scorer, n, self.replica)
-            self.monitor.log_validation(self.step, result)
+            self.monitor.log_validation(self.step, result.metrics, result.pass_rates)
 
     def save(self) -> None:
         """A checkpoint of everything that decides how the run goes on."""

@@ -198,7 +198,11 @@ def test_bad_input_is_one_clear_line_on_every_rank(data, tmp_path, case):
     overrides, pattern = ERRORS[case]
     ranks = []
     for rank in range(2):
-        command = [sys.executable, str(REPO / "examples/train_gpt_grpo.py"), *_arguments(data, tmp_path, **overrides(data))]
+        command = [
+            sys.executable,
+            str(REPO / "examples/train_gpt_grpo.py"),
+            *_arguments(data, tmp_path, **overrides(data)),
+        ]
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
         ranks.append(subprocess.Popen(command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True))

@@ -39,7 +39,7 @@ def read(log_dir: Path) -> list[dict[str, float]]:
 def test_each_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
     monitor.log_step(1, step_metrics() | {"actor/grad_norm": float("inf")})
-    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5, "accuracy_se": 0.1}})
+    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5, "accuracy_se": 0.1}}, {"kk_logic_2": [0.25, 0.75]})
     rows = read(tmp_path)
     assert rows[0]["step"] == 1
     assert rows[0]["train/kk_logic_2/accuracy"] == 0.25
@@ -55,7 +55,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     )
     monitor.truncate_after(3)
     monitor.log_step(1, step_metrics())
-    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5}})
+    monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5}}, {"kk_logic_2": [0.5]})
     monitor.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -65,7 +65,7 @@ def test_resume_repeats_no_step_and_keeps_the_totals(tmp_path, capsys):
     monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
     for step in range(1, 5):
         monitor.log_step(step, step_metrics())
-    monitor.log_validation(2, {"kk_logic_2": {"accuracy": 0.125}})
+    monitor.log_validation(2, {"kk_logic_2": {"accuracy": 0.125}}, {"kk_logic_2": [0.125]})
     with (tmp_path / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 5, "critic/sc')  # the process died here
 
@@ -79,7 +79,7 @@ def test_resume_repeats_no_step_and_keeps_the_totals(tmp_path, capsys):
     assert [row["step"] for row in read(tmp_path)] == [1, 2, 2, 3, 4, 5]
     row = next(line for line in capsys.readouterr().out.splitlines() if "kk_logic_3" in line)
     assert row.split() == ["kk_logic_3", "0.333", "███", "3", "15", "0.750", "0.750", "–"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]  # no temporary file left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "validation.jsonl"]  # no temporary file
 
 
 def test_a_broken_line_inside_the_file_is_an_error(tmp_path):
@@ -90,7 +90,7 @@ def test_a_broken_line_inside_the_file_is_an_error(tmp_path):
 
 def test_plain_output_has_a_line_a_step_and_a_table_every_five_and_at_the_end(tmp_path, capsys):
     monitor = Monitor(tmp_path, SOURCES, 7, 0, {})
-    monitor.log_validation(0, {s: {"accuracy": 0.125} for s in SOURCES})
+    monitor.log_validation(0, {s: {"accuracy": 0.125} for s in SOURCES}, {s: [0.125] for s in SOURCES})
     for step in range(1, 8):
         monitor.log_step(step, step_metrics())
     out = capsys.readouterr().out
@@ -186,3 +186,27 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch, caplog):
     monitor.close()
     assert not caplog.records
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_the_summary_pairs_prompts(tmp_path, capsys):
+    """Before, after and change with standard errors worked out by hand; the change's over differences of prompts."""
+    monitor = Monitor(tmp_path, ["a", "b"], 9, 0, {})
+    monitor.log_validation(0, {s: {"accuracy": 0.5} for s in "ab"}, {"a": [0.0, 0.5, 1.0], "b": [0.25, 0.25, 0.25]})
+    monitor.log_validation(9, {s: {"accuracy": 0.5} for s in "ab"}, {"a": [0.25, 0.75, 1.0], "b": [0.25, 0.5, 0.0]})
+    monitor.close()
+    lines = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if "±" in line
+    }
+    assert lines["a"] == "0.500 ± 0.289 0.667 ± 0.220 +0.167 ± 0.083"
+    assert lines["b"] == "0.250 ± 0.000 0.250 ± 0.144 +0.000 ± 0.144"
+    assert lines["mean"] == "0.375 ± 0.144 0.458 ± 0.132 +0.083 ± 0.083"
+
+
+def test_a_new_run_in_an_old_folder_moves_its_files(tmp_path):
+    old = Monitor(tmp_path, ["a"], 9, 0, {})
+    old.log_step(1, {"x": 1.0})
+    new = Monitor(tmp_path, ["a"], 9, 0, {})
+    new.start_over()
+    new.log_step(1, {"x": 2.0})
+    assert '"x": 1.0' in (tmp_path / "previous_1/metrics.jsonl").read_text()
+    assert '"x": 2.0' in (tmp_path / "metrics.jsonl").read_text()

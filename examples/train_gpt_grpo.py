@@ -44,7 +44,7 @@ def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a Hugging Face folder, as its tokenizer.json says (AutoTokenizer may rebuild it by model type)."""
+    """The tokenizer as its tokenizer.json says; AutoTokenizer may rebuild another one from the model type."""
     from transformers import PreTrainedTokenizerFast
 
     if not (pathlib.Path(path) / "tokenizer.json").is_file():

@@ -1,4 +1,4 @@
-"""Write Knights and Knaves puzzles as JSON lines: `python -m kk.generate --people 2-5 --per-size 400 --seed 1 --out DIR`.
+"""Knights and Knaves puzzles as JSON lines: `python -m kk.generate --people 2-5 --per-size 400 --seed 1 --out DIR`.
 
 Makes DIR/train/people<n>.jsonl and DIR/test/people<n>.jsonl. Training and test puzzles are never the same up to
 relabelling, whatever the seeds and sizes of the two runs: a puzzle's split is a hash of its canonical form

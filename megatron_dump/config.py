@@ -235,8 +235,8 @@ def check_data_parallel(config: Config, data_parallel_size: int) -> None:
     if prompts % data_parallel_size:
         raise ConfigError(
             f"model.global_batch_size={model.global_batch_size} is {prompts} groups of "
-            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}, which {data_parallel_size} data-parallel ranks "
-            f"cannot share evenly: make it a multiple of {grpo.samples_per_prompt * data_parallel_size}"
+            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}, which {data_parallel_size} data-parallel "
+            f"ranks cannot share evenly: make it a multiple of {grpo.samples_per_prompt * data_parallel_size}"
         )
     share = model.global_batch_size // data_parallel_size
     if share % model.micro_batch_size:

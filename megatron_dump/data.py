@@ -88,7 +88,9 @@ class PromptDataset:
     def _read(self, path: str, source_key: str, key: str) -> None:
         """Append one file's rows."""
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{key}: no such file: {path}")
+            raise FileNotFoundError(
+                f"{key}: no such file: {path}; run `make data` for the puzzles, or name parquet files that exist"
+            )
         try:
             schema = pq.read_schema(path)
             _check_columns(path, schema, source_key)

@@ -58,7 +58,7 @@ class DrawBroadcast:
         received = _broadcast_words(words, 1 + 3 * self._n_prompts + self._n_sources, self._group, self._device)
         if received is None:
             raise RuntimeError(
-                f"no draw of {self._n_prompts} prompts and {self._n_sources} sources from the rank that owns the curriculum"
+                f"no draw of {self._n_prompts} prompts and {self._n_sources} sources came from the curriculum's rank"
             )
         return self._unpack(received)
 
@@ -129,7 +129,7 @@ def gather_outcomes(
 
 
 def agree(name: str, digest: str, group: Group | None = None, device: torch.device | str = "cpu") -> None:
-    """Compare a SHA-256 (hex) over all ranks; if it differs, RuntimeError on every rank naming the ranks that differ."""
+    """Compare a SHA-256 (hex) over all ranks; RuntimeError on every rank, naming those that differ, if any does."""
     own = np.frombuffer(bytes.fromhex(digest), np.uint8)
     if len(own) != 32:
         raise ValueError(f"agree on {name}: {digest!r} is not a SHA-256 in hexadecimal")

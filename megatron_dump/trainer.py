@@ -191,8 +191,8 @@ class GRPOTrainer:
         latest = self.checkpoints.latest()
         if latest is not None and not allowed:
             raise ValueError(
-                f"exp_manager.resume_if_exists=false, but exp_manager.explicit_log_dir holds a checkpoint of step {latest}: "
-                "choose another folder, or set it to true"
+                f"exp_manager.resume_if_exists=false, but exp_manager.explicit_log_dir holds a checkpoint of "
+                f"step {latest}: choose another folder, or set it to true"
             )
         if latest is None:
             self.monitor.start_over()

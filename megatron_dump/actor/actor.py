@@ -1,4 +1,4 @@
-"""The policy on megatron-core: forward and backward through Megatron's pipeline schedules, one optimizer step a call."""
+"""The policy on megatron-core: forward and backward through Megatron's schedules, one optimizer step a call."""
 
 from __future__ import annotations
 

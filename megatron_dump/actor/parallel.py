@@ -20,8 +20,8 @@ def check_layout(world_size: int, tensor: int, pipeline: int) -> int:
         lower, upper = world_size // model_ranks * model_ranks, -(-world_size // model_ranks) * model_ranks
         fits = " or ".join(str(n) for n in (lower, upper) if n)
         raise ValueError(
-            f"model.tensor_model_parallel_size={tensor} × model.pipeline_model_parallel_size={pipeline} = {model_ranks} "
-            f"ranks a replica, which does not divide the world size {world_size}: start {fits} ranks "
+            f"model.tensor_model_parallel_size={tensor} × model.pipeline_model_parallel_size={pipeline} = "
+            f"{model_ranks} ranks a replica, which does not divide the world size {world_size}: start {fits} ranks "
             f"(trainer.num_nodes × trainer.devices, torchrun --nproc-per-node) or change the layout"
         )
     return world_size // model_ranks

@@ -25,9 +25,9 @@ class PromptPolicy(Protocol):
 class Epoch:
     """Without replacement inside each source: one permutation per (seed, source name, epoch).
 
-    No source's permutation depends on the others. Within a step no row comes twice unless the source has fewer rows than
-    slots: where a step runs over the end of an epoch, the new epoch's permutation puts off the rows that the step has
-    already used.
+    No source's permutation depends on the others. Within a step no row comes twice unless the source has fewer rows
+    than slots: where a step runs over the end of an epoch, the new epoch's permutation puts off the rows that the step
+    has already used.
     """
 
     def __init__(self, names: Sequence[str], rows: Sequence[np.ndarray], seed: int):

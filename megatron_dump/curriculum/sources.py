@@ -83,8 +83,8 @@ class Proportional(Uniform):
 class DumpUCB(Uniform):
     """DUMP (arXiv 2504.09710, Algorithm 1): softmax over upper confidence bounds of the sources' learnability.
 
-    UCB_d = L_d + exploration * sqrt(2 ln(n_total + 1) / (n_d + 1)); the paper has exploration = 1, window = 300 rollouts
-    and temperature = 0.1. `floor` (0 in the paper) mixes in that much of the uniform distribution.
+    UCB_d = L_d + exploration * sqrt(2 ln(n_total + 1) / (n_d + 1)); the paper has exploration = 1, window = 300
+    rollouts and temperature = 0.1. `floor` (0 in the paper) mixes in that much of the uniform distribution.
     """
 
     def __init__(

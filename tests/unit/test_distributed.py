@@ -65,7 +65,7 @@ def test_a_source_without_a_draw_fails_every_rank():
         other_size = raised(lambda: broadcast.draw(DRAW if broadcast.is_source else None))
         return other_size, raised(lambda: broadcast.draw(None))
 
-    assert run_ranks(fn, 2) == [("no draw of 4 prompts and 2 sources from the rank that owns the curriculum",) * 2] * 2
+    assert run_ranks(fn, 2) == [("no draw of 4 prompts and 2 sources came from the curriculum's rank",) * 2] * 2
 
 
 def test_the_sampler_gives_ranks_their_parts_of_one_draw():

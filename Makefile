@@ -1,5 +1,6 @@
 # make demo   set-up, data, training, report: everything, on two cores without a GPU
 # make test   set-up and tests
+# make lint   ruff, pyright and Debian's shellcheck
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +33,7 @@ test: venv data
 	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu" $(ARGS)
 
 lint: venv
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
 	rm -rf $(VENV) data results build *.egg-info

@@ -79,12 +79,6 @@ def test_syntax():
     assert os.access(SCRIPT, os.X_OK)
 
 
-def test_shellcheck():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", str(SCRIPT)], check=True)
-
-
 def test_one_torchrun_a_node(launch):
     result = launch("--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'")
     assert srun_options(result) == [

@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.py
 data: data/kk/test.parquet
 
 data/kk/test.parquet: | $(VENV)/.installed
-	$(BIN)/python -m kk.generate --people 2-5 --per-size 400 --test-per-size 60 --names 8 --frames 1 --seed 1234 --out data/kk
+	$(BIN)/python -m kk.generate --people 2-4 --per-size 400 --test-per-size 60 --names 8 --frames 1 --seed 1 --out data/kk
 	$(BIN)/python -m kk.dataset --in data/kk --out data/kk
 
 demo: venv data

@@ -1,7 +1,8 @@
 """Make examples/models/kk-tiny: a small Qwen2 trained on hasty worked solutions of Knights and Knaves puzzles.
 
-    python tools/warmstart.py --out examples/models/kk-tiny
+    python tools/warmstart.py --out FOLDER --steps 3000
 
+examples/models/kk-tiny/README.md has the commands that made it.
 Supervised training runs through the same Megatron actor as GRPO: the gradient of a demonstration's log-likelihood is
 the policy gradient with advantage 1. Puzzles are generated as they are needed, from the training side of the split.
 """
@@ -117,15 +118,16 @@ def train(args: argparse.Namespace, start: str, out: pathlib.Path) -> list[dict]
     stream, log, began = Demonstrations(tokenizer, args), [], time.monotonic()
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeRemainingColumn()]
     with Progress(*columns) as progress:
-        task = progress.add_task("warm start", total=args.steps)
-        for step in range(1, args.steps + 1):
+        last = args.stop_at or args.steps
+        task = progress.add_task("warm start", total=last)
+        for step in range(1, last + 1):
             metrics = actor.train_step(_batch(stream, args))
             progress.update(task, advance=1, description=f"loss {-metrics['actor/logprobs']:.4f}")
             if step % 50 == 0:
                 log.append({"step": step, "loss": -metrics["actor/logprobs"], "grad_norm": metrics["actor/grad_norm"],
                             "seconds": time.monotonic() - began})  # fmt: skip
                 print(json.dumps(log[-1]), flush=True)
-            if step % 500 == 0 or step == args.steps:
+            if step % 500 == 0 or step == last:
                 actor.save_hf(str(out))
                 tokenizer.save_pretrained(out)
     return log
@@ -144,7 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--start", help="continue from this folder instead of random weights")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-at", type=int, help="stop after so many steps of it")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -221,7 +221,7 @@ def test_the_documented_command_runs(data, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "examples/train_gpt_grpo.py",
         "--config-name=kk_cpu", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2",
-        "trainer.grpo.max_steps=3", f"model.data.train_files=[{data / 'train.parquet'}]",
+        "trainer.grpo.max_steps=3", "trainer.grpo.samples_per_prompt=8", "model.micro_batch_size=16", f"model.data.train_files=[{data / 'train.parquet'}]",
         f"model.data.validation_files=[{data / 'test.parquet'}]", f"exp_manager.explicit_log_dir={tmp_path}",
         "trainer.grpo.val_samples_per_prompt=1", "trainer.grpo.num_prompts_per_grpo_step=4",
         "model.global_batch_size=32",

@@ -44,7 +44,7 @@ def test_the_documented_defaults_are_the_defaults():
         ("trainer.grpo.max_steps=0", "trainer.grpo.max_steps=0: must be above 0"),
         ("trainer.precision=16", "trainer.precision=16: must be 32 or bf16"),
         ("trainer.grpo.samples_per_prompt=1", "trainer.grpo.samples_per_prompt=1: a group needs at least 2"),
-        ("model.global_batch_size=48", "model.global_batch_size=48 does not divide the 128 rollouts of a step"),
+        ("model.global_batch_size=96", "model.global_batch_size=96 does not divide the 256 rollouts of a step"),
         ("model.global_batch_size=4", "model.global_batch_size=4 would cut groups apart: make it a multiple of"),
         ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
         ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
@@ -63,8 +63,8 @@ def test_errors_are_one_line_with_key_value_and_remedy(override, message):
 @pytest.mark.parametrize(
     ("override", "ranks", "message"),
     [
-        ("model.global_batch_size=64", 16, "is 8 groups of .*, which 16 data-parallel ranks cannot share evenly"),
-        ("model.micro_batch_size=48", 2, "model.micro_batch_size=48 does not divide the 64 rollouts"),
+        ("model.global_batch_size=64", 16, "is 4 groups of .*, which 16 data-parallel ranks cannot share evenly"),
+        ("model.micro_batch_size=48", 2, "model.micro_batch_size=48 does not divide the 128 rollouts"),
     ],
 )
 def test_data_parallel_ranks_get_whole_groups_and_micro_batches(override, ranks, message):

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 PHASES = ("draw", "gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "sync")
 BLUE, ORANGE = "#2b5c8a", "#d9773b"
@@ -119,8 +120,12 @@ def draw_figure(run: Run) -> Figure:
     draw_phases(panels[6], run)
     for axes in panels:
         axes.set(xlim=(run.steps[0], max(run.steps[-1], run.steps[0] + 1)), xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     draw_tests(figure.add_subplot(grid[1, :2]), run, shades)
-    figure.supxlabel(f"Lines are means of the last {run.window} steps", fontsize=9, color="#666666", x=0.99, ha="right")
+    if run.window > 1:
+        figure.supxlabel(
+            f"Lines are means of the last {run.window} steps", fontsize=9, color="#666666", x=0.99, ha="right"
+        )
     return figure
 
 

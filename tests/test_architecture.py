@@ -35,6 +35,7 @@ UNITS: dict[str, set[str]] = {
     "weight_sync": {"types", "distributed", "grpo"},
     "trainer": LOW | LAYER_3 | {"evaluate"},
     "evaluate": LOW | LAYER_3,
+    "assemble": LOW | LAYER_3 | {"trainer", "evaluate"},
     "integrations": {"types", "curriculum", "rewards"},
     "__init__": set(),
 }

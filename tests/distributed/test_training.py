@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import megatron_dump.rollout.megatron  # noqa: F401 - imported once, before the ranks are forked
+from megatron_dump.assemble import build_trainer  # imports Megatron once, before the ranks are forked
 from tests.distributed.launch import run_ranks
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def _arguments(data, log_dir, tensor=1, pipeline=1, **overrides) -> list[str]:
 
 def _run(arguments: list[str]) -> str:
     """One rank: train; the digest of the weights the next step would use."""
-    trainer = SCRIPT.build(*SCRIPT.read_config(arguments))
+    trainer = build_trainer(*SCRIPT.read_config(arguments))
     trainer.resume()
     trainer.fit()
     trainer.monitor.close()
@@ -221,7 +221,8 @@ def test_the_documented_command_runs(data, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "examples/train_gpt_grpo.py",
         "--config-name=kk_cpu", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2",
-        "trainer.grpo.max_steps=3", "trainer.grpo.samples_per_prompt=8", "model.micro_batch_size=16", f"model.data.train_files=[{data / 'train.parquet'}]",
+        "trainer.grpo.max_steps=3", "trainer.grpo.samples_per_prompt=8", "model.micro_batch_size=16",
+        f"model.data.train_files=[{data / 'train.parquet'}]",
         f"model.data.validation_files=[{data / 'test.parquet'}]", f"exp_manager.explicit_log_dir={tmp_path}",
         "trainer.grpo.val_samples_per_prompt=1", "trainer.grpo.num_prompts_per_grpo_step=4",
         "model.global_batch_size=32",

@@ -1,0 +1,161 @@
+"""All parts of a run, from its configuration to a trainer."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from megatron_dump import config as schema
+from megatron_dump.actor import parallel
+from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.actor.checkpoint import Checkpoints
+from megatron_dump.config import Config, ConfigError
+from megatron_dump.curriculum.curriculum import Curriculum
+from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
+from megatron_dump.data import PromptDataset
+from megatron_dump.distributed import DrawBroadcast, Replica
+from megatron_dump.monitor import Monitor
+from megatron_dump.rollout import Generator
+from megatron_dump.rollout.megatron import MegatronGenerator
+from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
+from megatron_dump.rollout.sampling import SamplingOptions
+from megatron_dump.scoring import Scorer
+from megatron_dump.trainer import GRPOTrainer
+
+
+def build_trainer(raw: DictConfig, config: Config) -> GRPOTrainer:
+    """Read the data, join the process grid, load the model. `raw` is what config.yaml in the run's folder will hold.
+
+    ValueError or FileNotFoundError, each one clear line, for input that cannot be used: before any collective where
+    every rank can tell on its own.
+    """
+    grpo, model = config.trainer.grpo, config.model
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    replicas = parallel.check_layout(world_size, model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    schema.check_data_parallel(config, replicas)
+    tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
+    train = load_data(config, tokenizer, model.data.train_files, "model.data.train_files")
+    validation = None
+    if model.data.validation_files:
+        validation = load_data(config, tokenizer, model.data.validation_files, "model.data.validation_files")
+    scorer = Scorer(model.data.rewards, sorted({*train.sources, *(validation.sources if validation else ())}))
+    curriculum = Curriculum(
+        train.source_of_rows,
+        grpo.num_prompts_per_grpo_step,
+        grpo.samples_per_prompt,
+        model.seed,
+        vars(grpo.curriculum),
+        train.fingerprint,
+    )
+    grid = parallel.initialize(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.seed,
+        config.trainer.collective_timeout_s,
+    )
+    actor = MegatronGPTGRPOActor(config, grid)
+    generator, validator = make_generators(config, actor, tokenizer)
+    log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
+    trainer = GRPOTrainer(
+        config=grpo,
+        groups_per_update=model.global_batch_size // grpo.samples_per_prompt,
+        max_length=model.grpo.length_params.max_length,
+        use_reference=grpo.initial_policy_kl_penalty > 0,
+        owns_curriculum=grid.rank == 0,
+        actor=actor,
+        generator=generator,
+        validator=validator,
+        dataset=train,
+        validation=validation,
+        scorer=scorer,
+        curriculum=curriculum,
+        sampler=make_sampler(config, curriculum, grid),
+        replica=Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device),
+        checkpoints=Checkpoints(log_dir / "checkpoints", actor),
+        monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
+    )
+    if grid.rank == 0:
+        OmegaConf.save(raw, log_dir / "config.yaml")
+    return trainer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer as its tokenizer.json says; AutoTokenizer may rebuild another one from the model type."""
+    if not (pathlib.Path(path) / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained_checkpoint.restore_from_path={path}: no tokenizer.json there; give a Hugging Face model folder"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"pretrained_checkpoint.restore_from_path={path}: its tokenizer has no chat template; "
+            "add chat_template.jinja"
+        )
+    return tokenizer
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[str], key: str) -> PromptDataset:
+    """Parquet files as prompts, chat template applied; with `model.data.max_prompt_length` every prompt is checked."""
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    longest = config.model.data.max_prompt_length
+    source_key = config.trainer.grpo.curriculum.source_key
+    dataset = PromptDataset(files, source_key, encode=encode, max_prompt_length=longest, key=key)
+    if longest is not None:
+        dataset.check_lengths()
+    return dataset
+
+
+def make_generators(
+    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Generator, Generator]:
+    """What training samples from, and what validation does: the latter is always the policy."""
+    model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
+    sampling = model.grpo.sampling_params
+    eos = actor.arch.hf.eos_token_id
+    if eos is None:
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={config.pretrained_checkpoint.restore_from_path}: config.json "
+            "has no eos_token_id, so no completion would end; add it"
+        )
+    stop_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    options = SamplingOptions(
+        model.grpo.length_params.max_length,
+        stop_ids,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.use_greedy,
+    )
+    policy = MegatronGenerator(actor, options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
+    generator: Generator = policy
+    if backend.type == "recorded":
+        generator = RecordedGenerator(str(backend.path), tokenizer.decode, stop_ids)
+    if backend.record:
+        writes = grid.tensor_rank == 0 and grid.is_first_stage
+        generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)
+    return generator, policy
+
+
+def make_sampler(config: Config, curriculum: Curriculum, grid: parallel.Parallel) -> MegatronCurriculumBatchSampler:
+    """Draws for all ranks; a block is the prompts of one optimizer step, so that it does not depend on the layout."""
+    prompts = config.trainer.grpo.num_prompts_per_grpo_step
+    block = config.model.global_batch_size // config.trainer.grpo.samples_per_prompt
+    return MegatronCurriculumBatchSampler(
+        total_samples=curriculum.n_rows,
+        consumed_samples=0,
+        micro_batch_size=block // grid.data_size,
+        global_batch_size=prompts,
+        data_parallel_rank=grid.data_rank,
+        data_parallel_size=grid.data_size,
+        seed=config.model.seed,
+        curriculum=curriculum,
+        broadcast=DrawBroadcast(device=grid.device, n_prompts=prompts, n_sources=len(curriculum.sources)),
+        block_size=block,
+    )

@@ -90,6 +90,17 @@ class _Stream:
     wait_stream = wait_event = synchronize = record_event = _nothing
 
 
+class _Event:
+    """Times nothing: the host's clock is the only one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    record = wait = synchronize = _nothing
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
 def _is_cuda(device: Any) -> bool:
     bare_index = isinstance(device, int) and not isinstance(device, bool)
     return bare_index or str(device).startswith("cuda")
@@ -146,6 +157,7 @@ def _streams() -> None:
     for name in ("synchronize", "empty_cache", "set_stream"):
         _replace(torch.cuda, name, _nothing)
     _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "Event", _Event)
     for name in ("current_stream", "default_stream"):
         _replace(torch.cuda, name, _Stream)
     _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

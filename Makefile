@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
+# demo and tests are sized for CPU cores; a GPU that is there stays out of it
+export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: venv data demo test lint clean

@@ -10,7 +10,7 @@
 #
 # GRPO post-training on any number of nodes: one torchrun a node, one process a GPU. From any folder:
 #
-#   sbatch --nodes=2 --gpus-per-node=8 --partition=gpu launch_slurm.sh --config-name=kk_qwen2_5_7b model.optim.lr=1e-6
+#   sbatch --nodes=2 --gpus-per-node=8 --partition=gpu launch_slurm.sh --config-name=kk_qwen2.5_7b_8gpu model.optim.lr=1e-6
 #
 # Options before the script's name are sbatch's own and win over the #SBATCH lines: partition, account, nodes, time.
 # Arguments after it go to examples/train_gpt_grpo.py: options first, then key=value. trainer.num_nodes and

@@ -22,7 +22,7 @@ setup(
         "pyarrow",
         "hydra-core>=1.3",
         "omegaconf>=2.3",
-        "transformers>=4.51",
+        "transformers>=5",
         "safetensors",
         "wandb",
         "rich",

@@ -15,9 +15,10 @@ import sys
 import warnings
 
 import torch.distributed as dist
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_dump import config as schema
 from megatron_dump.config import Config, ConfigError
@@ -29,13 +30,14 @@ def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     """The composed YAML and its checked form. ConfigError in one line for anything wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="gpt_grpo")
-    parser.add_argument("--config-path", type=pathlib.Path, default=CONF)
+    parser.add_argument("--config-path", type=pathlib.Path, default=CONF, help="a folder of recipes of your own")
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_intermixed_args(argv)
+    search = [] if args.config_path.resolve() == CONF else [f"hydra.searchpath=[file://{CONF}]"]
     try:
         with initialize_config_dir(str(args.config_path.resolve()), version_base="1.3"):
-            raw = compose(args.config_name, args.overrides)
-    except HydraException as error:
+            raw = compose(args.config_name, args.overrides + search)
+    except (HydraException, yaml.YAMLError) as error:
         key = next((o.split("=")[0] for o in args.overrides if o.split("=")[0].lstrip("+~") in str(error)), None)
         if key is not None:
             raise ConfigError(schema.unknown_key(key)) from None
@@ -52,17 +54,20 @@ def main() -> int:
         raw, config = read_config(sys.argv[1:])
         from megatron_dump.assemble import build_trainer  # after the check: a wrong key need not wait for Megatron
 
-        trainer = build_trainer(raw, config)
+        trainer = build_trainer(config)
         trainer.resume(config.exp_manager.resume_if_exists)
-    except (ValueError, FileNotFoundError) as error:  # what is wrong with the input; a traceback would bury it
+    except (ValueError, OSError) as error:  # what is wrong with the input; a traceback would bury it
         print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
         return 1
+    log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
+    if dist.get_rank() == 0:
+        OmegaConf.save(raw, log_dir / "config.yaml", resolve=True)
     trainer.fit()
     trainer.monitor.close()
     if dist.get_rank() == 0:
         from megatron_dump.report import write_report
 
-        html, png = write_report(config.exp_manager.explicit_log_dir)
+        html, png = write_report(log_dir)
         print(f"report: {html}\n        {png}", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 
-from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump import config as schema
@@ -26,8 +25,8 @@ from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 
 
-def build_trainer(raw: DictConfig, config: Config) -> GRPOTrainer:
-    """Read the data, join the process grid, load the model. `raw` is what config.yaml in the run's folder will hold.
+def build_trainer(config: Config) -> GRPOTrainer:
+    """Read the data, join the process grid, load the model.
 
     ValueError or FileNotFoundError, each one clear line, for input that cannot be used: before any collective where
     every rank can tell on its own.
@@ -35,7 +34,7 @@ def build_trainer(raw: DictConfig, config: Config) -> GRPOTrainer:
     grpo, model = config.trainer.grpo, config.model
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     replicas = parallel.check_layout(world_size, model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
-    schema.check_data_parallel(config, replicas)
+    schema.check_world(config, world_size, replicas)
     tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
     train = load_data(config, tokenizer, model.data.train_files, "model.data.train_files")
     validation = None
@@ -59,8 +58,10 @@ def build_trainer(raw: DictConfig, config: Config) -> GRPOTrainer:
     actor = MegatronGPTGRPOActor(config, grid)
     generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
-    trainer = GRPOTrainer(
+    _check_positions(config, actor, [d for d in (train, validation) if d is not None])
+    return GRPOTrainer(
         config=grpo,
+        settings=schema.lasting(config),
         groups_per_update=model.global_batch_size // grpo.samples_per_prompt,
         max_length=model.grpo.length_params.max_length,
         use_reference=grpo.initial_policy_kl_penalty > 0,
@@ -77,9 +78,17 @@ def build_trainer(raw: DictConfig, config: Config) -> GRPOTrainer:
         checkpoints=Checkpoints(log_dir / "checkpoints", actor),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
     )
-    if grid.rank == 0:
-        OmegaConf.save(raw, log_dir / "config.yaml")
-    return trainer
+
+
+def _check_positions(config: Config, actor: MegatronGPTGRPOActor, datasets: list[PromptDataset]) -> None:
+    """Prompt and completion must fit the model's positions. Tokenises every prompt, once."""
+    longest, limit = max(d.check_lengths() for d in datasets), config.model.grpo.length_params.max_length
+    positions = actor.arch.hf.max_position_embeddings
+    if longest + limit > positions:
+        raise ConfigError(
+            f"model.grpo.length_params.max_length={limit}: with the longest prompt, {longest} tokens, it exceeds the "
+            f"model's {positions} positions; lower it"
+        )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -98,7 +107,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[str], key: str) -> PromptDataset:
-    """Parquet files as prompts, chat template applied; with `model.data.max_prompt_length` every prompt is checked."""
+    """Parquet files as prompts, chat template applied."""
 
     def encode(messages: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -106,10 +115,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[st
 
     longest = config.model.data.max_prompt_length
     source_key = config.trainer.grpo.curriculum.source_key
-    dataset = PromptDataset(files, source_key, encode=encode, max_prompt_length=longest, key=key)
-    if longest is not None:
-        dataset.check_lengths()
-    return dataset
+    return PromptDataset(files, source_key, encode=encode, max_prompt_length=longest, key=key)
 
 
 def make_generators(
@@ -136,7 +142,7 @@ def make_generators(
     policy = MegatronGenerator(actor, options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
     generator: Generator = policy
     if backend.type == "recorded":
-        generator = RecordedGenerator(str(backend.path), tokenizer.decode, stop_ids)
+        generator = RecordedGenerator(str(backend.path), tokenizer.decode)
     if backend.record:
         writes = grid.tensor_rank == 0 and grid.is_first_stage
         generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)

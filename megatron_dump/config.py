@@ -148,15 +148,49 @@ def load(raw: DictConfig) -> Config:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: no value; set it in the YAML or as {error.full_key}=…") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        hint = "; give a list: [file.parquet]" if "ListConfig" in str(error) else ""
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}{hint}") from None
     assert isinstance(config, Config)
     validate(config)
     return config
 
 
+_FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it computes
+    "trainer.num_nodes trainer.devices trainer.collective_timeout_s trainer.grpo.max_steps "
+    "trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
+    "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend model.tensor_model_parallel_size "
+    "model.pipeline_model_parallel_size model.micro_batch_size model.make_vocab_size_divisible_by "
+    "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
+    "model.data.validation_files model.data.max_prompt_length exp_manager"
+).split()
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of everything a resumed run must share with the run it continues.
+
+    Files are compared by what is in them (the curriculum's fingerprint), not by name.
+    """
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in _FREE_ON_RESUME:
+                continue
+            if isinstance(value, dict):
+                walk(value, f"{key}.")
+            else:
+                flat[key] = value
+
+    walk(dataclasses.asdict(config), "")
+    return flat
+
+
 def unknown_key(key: str) -> str:
     """One line for a key the schema does not have, naming the nearest it has."""
     known = _keys(OmegaConf.structured(Config))
+    if key.lstrip("+") in known:
+        return f"{key}: the key is there already; write it without +"
     leaf_matches = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = leaf_matches or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -187,10 +221,15 @@ def validate(config: Config) -> None:
         "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "model.grpo.length_params.max_length": model.grpo.length_params.max_length,
         "model.grpo.sampling_params.temperature": model.grpo.sampling_params.temperature,
+        "model.grpo.sampling_params.top_p": model.grpo.sampling_params.top_p,
+        "model.grpo.generation_rollout_mbs": model.grpo.generation_rollout_mbs,
+        "model.make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "trainer.collective_timeout_s": config.trainer.collective_timeout_s,
     }
     for key, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0")
+    _check_ranges(config)
     if grpo.samples_per_prompt < 2:
         raise ConfigError(
             f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: a group needs at least 2 to have a baseline"
@@ -202,7 +241,7 @@ def validate(config: Config) -> None:
             f"trainer.grpo.inference_backend.type={grpo.inference_backend.type}: known are megatron and recorded"
         )
     if grpo.inference_backend.type == "recorded" and not grpo.inference_backend.path:
-        raise ConfigError("trainer.grpo.inference_backend.path: no value; name the file of recorded completions")
+        raise ConfigError("trainer.grpo.inference_backend.path: no value; name the folder of recorded completions")
     if model.optim.name != "distributed_fused_adam":
         raise ConfigError(f"model.optim.name={model.optim.name}: only distributed_fused_adam is known")
     if model.optim.sched.name not in ("constant", "cosine", "linear"):
@@ -210,6 +249,29 @@ def validate(config: Config) -> None:
     if not model.data.train_files:
         raise ConfigError("model.data.train_files=[]: name at least one parquet file")
     _check_batches(config)
+
+
+def _check_ranges(config: Config) -> None:
+    grpo, model, optim = config.trainer.grpo, config.model, config.model.optim
+    not_negative = {
+        "model.seed": model.seed,
+        "model.grpo.sampling_params.top_k": model.grpo.sampling_params.top_k,
+        "trainer.grpo.initial_policy_kl_penalty": grpo.initial_policy_kl_penalty,
+        "trainer.grpo.gradient_clip_val": grpo.gradient_clip_val,
+        "trainer.grpo.val_check_interval": grpo.val_check_interval,
+        "trainer.grpo.save_interval": grpo.save_interval,
+        "model.optim.lr": optim.lr,
+        "model.optim.sched.warmup_steps": optim.sched.warmup_steps,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key}={value}: must not be negative")
+    if model.grpo.sampling_params.top_p > 1:
+        raise ConfigError(f"model.grpo.sampling_params.top_p={model.grpo.sampling_params.top_p}: must be at most 1")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"model.optim.betas={optim.betas}: must be two numbers in [0, 1)")
+    if not 0 <= optim.sched.min_lr <= optim.lr:
+        raise ConfigError(f"model.optim.sched.min_lr={optim.sched.min_lr}: must be in [0, model.optim.lr={optim.lr}]")
 
 
 def _check_batches(config: Config) -> None:
@@ -228,9 +290,17 @@ def _check_batches(config: Config) -> None:
         )
 
 
-def check_data_parallel(config: Config, data_parallel_size: int) -> None:
-    """Every data-parallel rank must get whole groups and whole micro-batches. ConfigError otherwise."""
-    grpo, model = config.trainer.grpo, config.model
+def check_world(config: Config, world_size: int, data_parallel_size: int) -> None:
+    """The ranks started must be those configured, and each replica must get whole groups and micro-batches.
+
+    ConfigError otherwise.
+    """
+    grpo, model, trainer = config.trainer.grpo, config.model, config.trainer
+    if trainer.num_nodes * trainer.devices != world_size:
+        raise ConfigError(
+            f"trainer.num_nodes={trainer.num_nodes} × trainer.devices={trainer.devices} = "
+            f"{trainer.num_nodes * trainer.devices} ranks, but {world_size} were started: make them agree"
+        )
     prompts = model.global_batch_size // grpo.samples_per_prompt
     if prompts % data_parallel_size:
         raise ConfigError(
@@ -239,8 +309,12 @@ def check_data_parallel(config: Config, data_parallel_size: int) -> None:
             f"ranks cannot share evenly: make it a multiple of {grpo.samples_per_prompt * data_parallel_size}"
         )
     share = model.global_batch_size // data_parallel_size
-    if share % model.micro_batch_size:
-        raise ConfigError(
-            f"model.micro_batch_size={model.micro_batch_size} does not divide the {share} rollouts of a data-parallel "
-            f"rank (model.global_batch_size={model.global_batch_size} / {data_parallel_size}): choose a divisor"
-        )
+    for key, size in (
+        ("model.micro_batch_size", model.micro_batch_size),
+        ("model.grpo.forward_micro_batch_size", model.grpo.forward_micro_batch_size or 1),
+    ):
+        if share % size:
+            raise ConfigError(
+                f"{key}={size} does not divide the {share} rollouts of a data-parallel rank "
+                f"(model.global_batch_size={model.global_batch_size} / {data_parallel_size}): choose a divisor"
+            )

@@ -99,7 +99,9 @@ class Screen:
         for column in ("before", "after", "change"):
             table.add_column(column, justify="right", no_wrap=True)
         rows = []
-        for source in sorted(set(before) & set(after), key=natural_key):
+        # Prompts can be paired only where the data set stayed the same over a resume.
+        paired = [s for s in set(before) & set(after) if len(before[s]) == len(after[s])]
+        for source in sorted(paired, key=natural_key):
             pairs = list(zip(before[source], after[source], strict=True))
             columns = ([b for b, _ in pairs], [a for _, a in pairs], [a - b for b, a in pairs])
             rows.append([(fmean(c), stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan) for c in columns])

@@ -79,8 +79,8 @@ class PromptDataset:
         token_ids = np.array(self._encode(messages), np.int64)
         if self._max_prompt_length is not None and len(token_ids) > self._max_prompt_length:
             raise DataError(
-                f"row {row} ({self.source_of_rows[row]}): the prompt has {len(token_ids)} tokens, more than "
-                f"max_prompt_length {self._max_prompt_length}; raise the limit or drop the row"
+                f"model.data.max_prompt_length={self._max_prompt_length}: the prompt of row {row} "
+                f"({self.source_of_rows[row]}) has {len(token_ids)} tokens; raise the limit or drop the row"
             )
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         return Prompt(row, self.source_of_rows[row], token_ids, self._ground_truths[row], text)

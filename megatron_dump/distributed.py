@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from megatron_dump.types import Draw, Outcomes
 
-Group = dist.ProcessGroup
 _COLUMNS = {  # of Outcomes, as gathered
     "group_ids": np.int64,
     "source_ids": np.int64,
@@ -38,7 +37,7 @@ class Replica:
 
     rank: int
     size: int
-    group: Group
+    group: dist.ProcessGroup
     device: torch.device
 
 
@@ -46,7 +45,12 @@ class DrawBroadcast:
     """Delivers the draw of the group's first rank to all its ranks: one broadcast of 3 P + K + 2 words of 64 bits."""
 
     def __init__(
-        self, group: Group | None = None, device: torch.device | str = "cpu", *, n_prompts: int, n_sources: int
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        n_prompts: int,
+        n_sources: int,
     ):
         self._group, self._device = group, device
         self._n_prompts, self._n_sources = n_prompts, n_sources
@@ -81,7 +85,7 @@ def broadcast_array(
     shape: Sequence[int],
     dtype: npt.DTypeLike,
     src: int = 0,  # rank inside the group
-    group: Group | None = None,
+    group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """`array` of rank `src`, bit for bit, on every rank; every rank names its shape and dtype.
@@ -102,7 +106,7 @@ def broadcast_array(
 
 
 def gather_outcomes(
-    local: Outcomes, samples: np.ndarray, group: Group | None = None, device: torch.device | str = "cpu"
+    local: Outcomes, samples: np.ndarray, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Outcomes:
     """Every rank's rollouts as one Outcomes, sorted by (group_id, sample), the same on every rank of the group.
 
@@ -128,7 +132,7 @@ def gather_outcomes(
     return Outcomes(step=local.step, **fields)
 
 
-def agree(name: str, digest: str, group: Group | None = None, device: torch.device | str = "cpu") -> None:
+def agree(name: str, digest: str, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
     """Compare a SHA-256 (hex) over all ranks; RuntimeError on every rank, naming those that differ, if any does."""
     own = np.frombuffer(bytes.fromhex(digest), np.uint8)
     if len(own) != 32:
@@ -143,7 +147,9 @@ def agree(name: str, digest: str, group: Group | None = None, device: torch.devi
 
 
 @contextlib.contextmanager
-def fail_together(what: str, group: Group | None = None, device: torch.device | str = "cpu") -> Iterator[None]:
+def fail_together(
+    what: str, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> Iterator[None]:
     """At the end of the block, RuntimeError on every rank if any rank's block raised, with that rank's message.
 
     For phases without collectives in them: a rank that fails between two collectives leaves the others waiting there,
@@ -169,7 +175,7 @@ def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized())
 
 
-def _rank(group: Group | None) -> int:
+def _rank(group: dist.ProcessGroup | None) -> int:
     """This process's rank inside the group."""
     rank = 0 if _alone() else dist.get_rank(group)
     if rank < 0:
@@ -177,11 +183,11 @@ def _rank(group: Group | None) -> int:
     return rank
 
 
-def _global_rank(rank: int, group: Group | None) -> int:
+def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
     return rank if _alone() or group is None else dist.get_global_rank(group, rank)
 
 
-def _all_gather(array: np.ndarray, group: Group | None, device: torch.device | str) -> np.ndarray:
+def _all_gather(array: np.ndarray, group: dist.ProcessGroup | None, device: torch.device | str) -> np.ndarray:
     """[...] -> [ranks, ...], in the order of the group's ranks; one collective."""
     if _alone():
         return array[None]
@@ -193,7 +199,7 @@ def _all_gather(array: np.ndarray, group: Group | None, device: torch.device | s
 
 
 def _broadcast_words(
-    words: np.ndarray | None, n: int, group: Group | None, device: torch.device | str, src: int = 0
+    words: np.ndarray | None, n: int, group: dist.ProcessGroup | None, device: torch.device | str, src: int = 0
 ) -> np.ndarray | None:
     """int64 [n] of rank `src` on every rank; None on every rank if the source has none. One collective.
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, gather_outcomes
+from megatron_dump.distributed import Replica, fail_together, gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, local_outcomes
 
@@ -20,7 +20,7 @@ STREAM = 2**32 - 1
 class Validation:
     """What one validation found, per source."""
 
-    metrics: dict[str, dict[str, float]]  # source -> accuracy, accuracy_se, reward, length, n
+    metrics: dict[str, dict[str, float]]  # source -> accuracy, accuracy_se, pass@k, reward, length, n
     pass_rates: dict[str, list[float]]  # source -> share of right samples of each of its prompts, in order
 
 
@@ -31,7 +31,8 @@ def validate(
     mine = np.array_split(np.arange(len(dataset)), replica.size)[replica.rank]
     requests = [Request(int(i), dataset[int(i)], samples_per_prompt) for i in mine]
     completions = generator.generate(STREAM, requests)
-    scores = scorer.score(completions, {r.group_id: r.prompt for r in requests})
+    with fail_together("validation reward", device=replica.device):
+        scores = scorer.score(completions, {r.group_id: r.prompt for r in requests})
     source_ids = np.array([dataset.sources.index(r.prompt.source) for r in requests for _ in range(r.n)], np.int64)
     local = local_outcomes(0, completions, source_ids, scores, np.zeros(len(scores)))
     samples = np.array([c.sample for c in completions], np.int64)
@@ -46,6 +47,7 @@ def validate(
             "accuracy": float(rates.mean()),
             # Samples of one prompt are alike: the standard error is over prompts.
             "accuracy_se": float(rates.std(ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else float("nan"),
+            f"pass@{samples_per_prompt}": float((rates > 0).mean()),
             "reward": float(outcomes.rewards[of_source].mean()),
             "length": float(outcomes.lengths[of_source].mean()),
             "n": float(of_source.sum()),

@@ -46,6 +46,9 @@ def policy_loss(
     is split. The clipped objective is PPO's (1707.06347, eq. 7); GRPO adds the KL term (2402.03300, eq. 3).
     Returns the loss and detached sums over tokens, to be divided by the same denominator.
     """
+    # Tokens outside the mask may have any probability: an infinite ratio there would make 0 × inf = NaN of the loss.
+    outside = mask == 0
+    logprobs, old_logprobs = logprobs.masked_fill(outside, 0.0), old_logprobs.masked_fill(outside, 0.0)
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - ratio_eps_low, 1 + ratio_eps_high)
     advantages = advantages[:, None]
@@ -57,7 +60,7 @@ def policy_loss(
         "actor/pg_clipfrac": ((surrogate_clipped < surrogate) * mask).sum().detach(),
     }
     if ref_logprobs is not None:
-        kl = (k3_kl(logprobs, ref_logprobs) * mask).sum()
+        kl = (k3_kl(logprobs, ref_logprobs.masked_fill(outside, 0.0)) * mask).sum()
         loss = loss + kl_penalty * kl
         metrics["actor/kl_loss"] = kl.detach()
     metrics["actor/loss"] = loss.detach()

@@ -44,6 +44,8 @@ class Store(Protocol):
 
     def save(self, step: int, state: dict[str, Any]) -> Any: ...
 
+    def state(self, step: int) -> dict[str, Any]: ...
+
     def load(self, step: int) -> dict[str, Any]: ...
 
 
@@ -52,6 +54,7 @@ class GRPOTrainer:
     """Ties the parts together; they are built in examples/train_gpt_grpo.py."""
 
     config: GRPOConfig
+    settings: dict[str, Any]  # what must not change over a resume: config.lasting
     groups_per_update: int  # prompts of one optimizer step, all ranks together
     max_length: int  # tokens of a completion at most
     use_reference: bool
@@ -81,7 +84,7 @@ class GRPOTrainer:
                     requests = self.requests(draw)
                 with watch("gen"):
                     completions = self.generator.generate(draw.step, requests)
-                with watch("reward"), fail_together("reward"):
+                with watch("reward"), fail_together("reward", device=self.replica.device):
                     scores = self.scorer.score(completions, {r.group_id: r.prompt for r in requests})
                 with watch("adv"):
                     advantages = self.advantages(completions, [s.reward for s in scores])
@@ -116,7 +119,7 @@ class GRPOTrainer:
         samples = np.array([c.sample for c in completions], np.int64)
         outcomes = gather_outcomes(local, samples, self.replica.group, self.replica.device)
         own = None
-        with fail_together("curriculum.observe"):
+        with fail_together("curriculum.observe", device=self.replica.device):
             if self.owns_curriculum:
                 self.curriculum.observe(outcomes)
                 own = self.curriculum.weights
@@ -140,7 +143,7 @@ class GRPOTrainer:
         for block in range(int(outcomes.group_ids.max()) // self.groups_per_update + 1):
             rows = np.flatnonzero(block_of == block)
             tokens = outcomes.lengths[outcomes.group_ids // self.groups_per_update == block].sum()
-            mine = [completions[i] for i in rows]
+            mine = [completions[i] for i in rows.tolist()]
             batches.append(
                 self.actor.make_batch([prompts[c.group_id] for c in mine], mine, advantages[rows], float(tokens))
             )
@@ -181,6 +184,7 @@ class GRPOTrainer:
         self.checkpoints.save(self.step, {
             "curriculum": self.curriculum.state_dict() if self.owns_curriculum else None,
             "consumed_samples": self.sampler.consumed_samples,
+            "settings": self.settings,
         })  # fmt: skip
 
     def resume(self, allowed: bool = True) -> bool:
@@ -197,8 +201,11 @@ class GRPOTrainer:
         if latest is None:
             self.monitor.start_over()
             return False
-        state = self.checkpoints.load(latest)
+        state = self.checkpoints.state(latest)
+        _refuse_changes(state["settings"], self.settings)
         self.curriculum.load_state_dict(state["curriculum"])
+        agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
+        self.checkpoints.load(latest)
         self.sampler.consumed_samples = state["consumed_samples"]
         self.step = latest
         self.monitor.truncate_after(latest)
@@ -216,6 +223,15 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _refuse_changes(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    for key in sorted(saved.keys() | here.keys()):
+        if saved.get(key) != here.get(key):
+            raise ValueError(
+                f"{key}: the checkpoint has {saved.get(key)!r}, this run {here.get(key)!r}; set it back, or choose "
+                "another exp_manager.explicit_log_dir"
+            )
 
 
 def _due(step: int, interval: int, last: int) -> bool:

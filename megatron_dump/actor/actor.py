@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -100,8 +101,11 @@ class MegatronGPTGRPOActor:
 
         outputs = self._run(batch, self.micro_batch_size, loss_of, forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise FloatingPointError("actor/grad_norm is not finite: the optimizer skipped the update")
+        if not updated or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"actor/grad_norm={grad_norm} at optimizer step {self.version}: the weights are no longer valid; "
+                "continue from the latest checkpoint with a lower model.optim.lr"
+            )
         metrics = {k: v / batch.global_tokens if k != "rollout/logprob_diff_max" else v
                    for k, v in self._reduce(outputs).items()}  # fmt: skip
         metrics |= {"actor/grad_norm": float(grad_norm), "actor/lr": self.optimizer.param_groups[0]["lr"]}
@@ -245,4 +249,6 @@ def _scheduler(config: Config, optimizer: object) -> OptimizerParamScheduler:
         end_wd=optim.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a longer max_steps stretches the schedule of a resumed run
     )

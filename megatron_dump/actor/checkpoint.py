@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.distributed import fail_together
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -41,24 +42,32 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> pathlib.Path:
         """Write step_<step> with `state` (JSON-serialisable; rank 0's is kept). Collective."""
         final, partial = self.folder / f"step_{step}", self.folder / f"step_{step}.partial"
-        if self.actor.parallel.rank == 0:
-            for old in (partial, final):
-                shutil.rmtree(old, ignore_errors=True)
-            (partial / "model").mkdir(parents=True)
-        dist.barrier()
+        writes, device = self.actor.parallel.rank == 0, self.actor.parallel.device
+        with fail_together(f"checkpoint {partial}", device=device):
+            if writes:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                (partial / "model").mkdir(parents=True)
         dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial / "model"))
         dist.barrier()
-        if self.actor.parallel.rank == 0:
-            actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
-            (partial / "state.json").write_text(json.dumps({"step": step, "actor": actor, **state}))
-            os.replace(partial, final)
-        dist.barrier()
+        with fail_together(f"checkpoint {final}", device=device):
+            if writes:
+                actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
+                (partial / "state.json").write_text(json.dumps({"step": step, "actor": actor, **state}))
+                os.replace(partial, final)
         return final
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What `save` was given for step_<step>, without loading any tensor."""
+        path = self.folder / f"step_{step}" / "state.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"exp_manager.explicit_log_dir: {path} is missing; remove {path.parent}")
+        return json.loads(path.read_text())
 
     def load(self, step: int) -> dict[str, Any]:
         """Restore model, optimizer and schedule from step_<step>; returns the `state` it was saved with. Collective."""
         folder = self.folder / f"step_{step}"
-        state = json.loads((folder / "state.json").read_text())
+        state = self.state(step)
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder / "model"))
         self.actor.module.load_state_dict(loaded["model"])
         self.actor.optimizer.load_state_dict(loaded["optimizer"])

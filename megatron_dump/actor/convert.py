@@ -8,15 +8,17 @@ over ranks on its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -124,7 +126,7 @@ class CheckpointReader:
         if index.is_file():
             self.files: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         elif single.is_file():
-            with safe_open(single, "pt") as f:
+            with self._open(single.name) as f:
                 self.files = dict.fromkeys(f.keys(), single.name)
         else:
             raise FileNotFoundError(
@@ -133,16 +135,28 @@ class CheckpointReader:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.files:
-            raise KeyError(f"{self.path}: tensor {name!r} is missing from the checkpoint")
-        with safe_open(self.path / self.files[name], "pt") as f:
+            raise ValueError(
+                f"pretrained_checkpoint.restore_from_path={self.path}: tensor {name} is missing; give a complete model"
+            )
+        with self._open(self.files[name]) as f:
             return f.get_tensor(name)
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / name, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"pretrained_checkpoint.restore_from_path={self.path}: {name} cannot be read ({error}); copy it again"
+            ) from error
 
 
 @torch.no_grad()
 def load_hf(model: nn.Module, arch: Architecture, parallel: Parallel, path: str) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
-    Raises KeyError for a missing tensor and ValueError for a wrong shape, naming both.
+    Raises ValueError for a missing tensor, a wrong shape or an unreadable file, naming it.
     """
     reader, weights, offset = CheckpointReader(path), WeightMap(arch), first_layer(model)
     for name, parameter in model.named_parameters():

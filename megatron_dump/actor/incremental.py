@@ -45,7 +45,12 @@ class IncrementalForward:
         self.cache.select(rows)
 
     def share(self, values: Tensor) -> Tensor:
-        """The last stage's `values`, on every stage (others pass a tensor of the same shape to be filled)."""
+        """The last stage's `values`, on every rank of the replica (others pass a tensor of the same shape)."""
+        if self.parallel.tensor_size > 1 and self.parallel.is_last_stage and values.is_cuda:
+            # Equal logits need not give equal samples on CUDA, where cumsum is not deterministic.
+            dist.broadcast(
+                values, dist.get_global_rank(self.parallel.tensor_group, 0), group=self.parallel.tensor_group
+            )
         if self.parallel.pipeline_size > 1:
             dist.broadcast(values, self.parallel.last_stage_rank, group=self.parallel.pipeline_group)
         return values

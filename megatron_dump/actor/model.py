@@ -41,7 +41,11 @@ def read_architecture(path: str, divisible_by: int, tensor_size: int) -> Archite
         raise FileNotFoundError(
             f"pretrained_checkpoint.restore_from_path={path}: no config.json there; give a Hugging Face model folder"
         )
-    hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"pretrained_checkpoint.restore_from_path={path}: config.json: {reason}") from error
     if hf.model_type not in _MODEL_TYPES:
         raise ValueError(
             f"pretrained_checkpoint.restore_from_path={path}: model_type {hf.model_type!r} is not supported; "
@@ -99,7 +103,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, precision: str) -
         moe_token_dispatcher_type="alltoall",  # the only one that goes with variable lengths; dense models have none
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,  # weights come from the checkpoint: no CUDA random state needed
+        use_cpu_initialization=True,  # needs no CUDA random state; the weights come from the checkpoint
         # Fused kernels are Transformer Engine's and Apex's; the local spec has none.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +43,6 @@ class Platform:
     device: torch.device
     backend: str  # of torch.distributed
 
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
@@ -60,10 +57,18 @@ class Patch:
 def enable(local_rank: int = 0) -> Platform:
     """Select this process's device; on a machine without CUDA, patch torch and megatron-core once.
 
-    Raises AttributeError when a patch's target is gone (an unsupported megatron-core).
+    Raises AttributeError when a patch's target is gone (an unsupported megatron-core), ValueError when this node has
+    fewer GPUs than ranks.
     """
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"trainer.devices: local rank {local_rank} has no GPU, this node has {torch.cuda.device_count()}; "
+                "start one rank a GPU, or set CUDA_VISIBLE_DEVICES= to run on CPU"
+            )
         torch.cuda.set_device(local_rank)
+        if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
+            _adam()  # without a fused Adam, CUDA has the same trouble as the CPU
         return Platform(torch.device("cuda", local_rank), "nccl")
     if not getattr(torch, "_megatron_dump_cpu", False):
         for patch in PATCHES:

@@ -13,6 +13,7 @@ from megatron_dump.curriculum.registry import resolve
 class Budget(Protocol):
     def allot(self, prompt_ids: np.ndarray) -> np.ndarray:
         """int64 [P] rows of the data set -> int64 [P] group sizes."""
+        ...
 
 
 class Fixed:

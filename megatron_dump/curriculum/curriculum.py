@@ -114,6 +114,7 @@ class Curriculum:
             groups = [rewards for rewards in groups if rewards.size]
             metrics[f"curriculum/{source}/weight"] = float(draw.weights[k])
             metrics[f"curriculum/{source}/n_prompts"] = float(np.sum(draw.source_ids == k))
+            metrics[f"curriculum/{source}/quota"] = float(draw.rollouts[draw.source_ids == k].sum())
             metrics[f"curriculum/{source}/n_rollouts"] = float(np.sum(outcomes.source_ids == k))
             if groups:  # no value where nothing was drawn; a group with a NaN reward is not a constant one
                 constant = [bool(np.all(rewards == rewards[0])) for rewards in groups]
@@ -123,7 +124,9 @@ class Curriculum:
     def metrics(self) -> dict[str, float]:
         """`curriculum/<source>/<name>`, for the log of the step observed last.
 
-        weight, n_prompts, n_rollouts, frac_zero_std  of that step: `weight` is the one its draw was made WITH
+        weight                             of that step: the one its draw was made WITH
+        n_prompts, quota, n_rollouts       of that step: prompts drawn, rollouts allotted, rollouts observed
+        frac_zero_std                      of that step: share of groups whose rewards are all alike
         pass_rate                                     posterior mean after it
         ucb, mean_abs_adv, bonus, n_dropped           after it, of policies that have them: what makes the next weights
         """
@@ -149,7 +152,10 @@ class Curriculum:
         """Continue a run. ValueError if it would differ from the saved one: other sources, data, seed or policies."""
         for key, here in self._identity.items():
             if state.get(key) != here:
-                raise ValueError(f"curriculum {key} differs: the checkpoint has {state.get(key)!r}, this run {here!r}")
+                raise ValueError(
+                    f"curriculum {key} differs: the checkpoint has {state.get(key)!r}, this run {here!r}; set it "
+                    "back, or choose another exp_manager.explicit_log_dir"
+                )
         self.step, self._out, self._last = int(state["step"]), None, {}
         self._source_policy.load_state_dict(state["source_state"])
         self._prompt_policy.load_state_dict(state["prompt_state"])

@@ -16,6 +16,7 @@ class PromptPolicy(Protocol):
 
     def draw(self, source_ids: np.ndarray) -> np.ndarray:
         """int64 [P] sources of the slots -> int64 [P] rows of the data set. Advances the state."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

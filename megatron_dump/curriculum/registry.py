@@ -16,7 +16,7 @@ def resolve(section: str, known: Mapping[str, type], config: Mapping[str, Any]) 
     A class's options are the keyword-only parameters of its constructor. Raises ValueError, naming the key of the
     YAML, the value and what is known, for an unknown name or option.
     """
-    name = config.get("name")
+    name = str(config.get("name"))
     if name not in known:
         raise ValueError(f"{ROOT}.{section}.name: {name!r} is unknown; known: {', '.join(sorted(known))}")
     parameters = inspect.signature(known[name]).parameters.values()

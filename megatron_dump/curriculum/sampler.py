@@ -21,6 +21,7 @@ class Broadcast(Protocol):
 
     def draw(self, draw: Draw | None) -> Draw:
         """The source passes its draw (None: it has none, and every rank raises), the others None."""
+        ...
 
 
 class MegatronCurriculumBatchSampler:
@@ -83,6 +84,7 @@ class MegatronCurriculumBatchSampler:
 
     def _own_draw(self) -> Draw:
         try:
+            assert self._curriculum is not None  # checked at the start for the rank that draws
             return self._curriculum.draw(self.step)
         except Exception:
             if self._broadcast is not None:

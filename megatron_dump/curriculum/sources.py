@@ -18,12 +18,15 @@ class SourcePolicy(Protocol):
 
     def weights(self, step: int) -> np.ndarray:
         """float64 [K], finite, sums to 1: each source's share of the slots drawn at `step`, in expectation."""
+        ...
 
     def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
         """int64 [n]: the source of every slot of `step`; `consumed` prompts were drawn in all steps before."""
+        ...
 
     def observe(self, outcomes: Outcomes) -> None:
         """Learn from one step's training rollouts."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -31,6 +34,7 @@ class SourcePolicy(Protocol):
 
     def metrics(self) -> dict[str, np.ndarray]:
         """Name -> [K]: what the weights of the next draw are made of."""
+        ...
 
 
 class Uniform:

@@ -37,8 +37,8 @@ class RecordingGenerator:
 class RecordedGenerator:
     """A Generator that answers from a folder that RecordingGenerator wrote."""
 
-    def __init__(self, folder: str, decode: Callable[[list[int]], str], stop_ids: tuple[int, ...]) -> None:
-        self.folder, self.decode, self.stop_ids = pathlib.Path(folder), decode, stop_ids
+    def __init__(self, folder: str, decode: Callable[[list[int]], str]) -> None:
+        self.folder, self.decode = pathlib.Path(folder), decode
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"trainer.grpo.inference_backend.path={folder}: no such folder; record one with "
@@ -50,7 +50,13 @@ class RecordedGenerator:
         for path in sorted(self.folder.glob(f"step_{step}_*.jsonl")):
             for line in path.read_text().splitlines():
                 row = json.loads(line)
-                rows[row["group_id"], row["prompt_id"], row["sample"]] = row
+                key = (row["group_id"], row["prompt_id"], row["sample"])
+                if key in rows:
+                    raise ValueError(
+                        f"trainer.grpo.inference_backend.path={self.folder}: step {step} has two recordings of group "
+                        f"{key[0]}, sample {key[2]}; record into an empty folder"
+                    )
+                rows[key] = row
         return [self._completion(rows, step, r, sample) for r in requests for sample in range(r.n)]
 
     def _completion(

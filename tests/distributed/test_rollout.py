@@ -123,10 +123,10 @@ def test_recorded_completions_come_back(model, tmp_path):
         return RecordingGenerator(generator, str(tmp_path), 0).generate(4, _requests())
 
     recorded = run_ranks(rank, 1)[0]
-    again = RecordedGenerator(str(tmp_path), str, (STOP,)).generate(4, _requests())
+    again = RecordedGenerator(str(tmp_path), str).generate(4, _requests())
     for a, b in zip(recorded, again, strict=True):
         assert (a.group_id, a.sample, a.finished, a.text) == (b.group_id, b.sample, b.finished, b.text)
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
     with pytest.raises(ValueError, match="another draw"):
-        RecordedGenerator(str(tmp_path), str, (STOP,)).generate(5, _requests())
+        RecordedGenerator(str(tmp_path), str).generate(5, _requests())

@@ -44,8 +44,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def _arguments(data, log_dir, tensor=1, pipeline=1, **overrides) -> list[str]:
+def _arguments(world, data, log_dir, tensor=1, pipeline=1, **overrides) -> list[str]:
     settings = {
+        "trainer.devices": world,
         "pretrained_checkpoint.restore_from_path": MODEL,
         "model.data.train_files": f"[{data / 'train.parquet'}]",
         "model.data.validation_files": "[]",
@@ -68,7 +69,7 @@ def _arguments(data, log_dir, tensor=1, pipeline=1, **overrides) -> list[str]:
 
 def _run(arguments: list[str]) -> str:
     """One rank: train; the digest of the weights the next step would use."""
-    trainer = build_trainer(*SCRIPT.read_config(arguments))
+    trainer = build_trainer(SCRIPT.read_config(arguments)[1])
     trainer.resume()
     trainer.fit()
     trainer.monitor.close()
@@ -76,7 +77,7 @@ def _run(arguments: list[str]) -> str:
 
 
 def _train(world, *args, **overrides) -> list[str]:
-    return run_ranks(_run, world, _arguments(*args, **overrides), timeout_s=300)
+    return run_ranks(_run, world, _arguments(world, *args, **overrides), timeout_s=300)
 
 
 def _rows(log_dir, name="metrics.jsonl") -> list[dict]:
@@ -154,11 +155,21 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(data, tmp_path, ran
         assert ours["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-3)
 
 
-def test_another_data_set_is_not_resumed(data, tmp_path):
+def test_a_run_that_would_differ_is_not_resumed(data, tmp_path):
     _train(1, data, tmp_path, **{"trainer.grpo.max_steps": 1, "trainer.grpo.save_interval": 1})
     other = {"model.data.train_files": f"[{data / 'test.parquet'}]", "trainer.grpo.max_steps": 2}
-    with pytest.raises(RuntimeError, match=r"curriculum (sources|fingerprint) differs: the checkpoint has"):
+    with pytest.raises(RuntimeError, match=r"curriculum fingerprint differs: the checkpoint has"):
         _train(1, data, tmp_path, **other)
+    changed = {"model.grpo.sampling_params.temperature": 0.5, "trainer.grpo.max_steps": 2}
+    with pytest.raises(
+        RuntimeError, match=r"model.grpo.sampling_params.temperature: the checkpoint has 1.0, this run 0.5"
+    ):
+        _train(1, data, tmp_path, **changed)
+
+
+def test_completions_that_cannot_fit_the_model_are_refused(data, tmp_path):
+    with pytest.raises(RuntimeError, match=r"max_length=500: with the longest prompt, \d+ tokens, it exceeds .* 512"):
+        _train(1, data, tmp_path, **{"model.grpo.length_params.max_length": 500})
 
 
 @pytest.mark.parametrize("name", ["uniform", "proportional"])
@@ -186,6 +197,10 @@ ERRORS = {
         lambda data: {"model.tensor_model_parallel_size": 2, "model.pipeline_model_parallel_size": 2},
         r"tensor_model_parallel_size=2 × model\.pipeline_model_parallel_size=2 = 4 .* world size 2: start 4 ranks",
     ),
+    "other world": (
+        lambda data: {"trainer.devices": 8},
+        r"trainer\.num_nodes=1 × trainer\.devices=8 = 8 ranks, but 2 were started: make them agree",
+    ),
     "no source column": (
         lambda data: {"model.data.train_files": f"[{_parquet_without_source(data)}]"},
         r"trainer\.grpo\.curriculum\.source_key.*data_source.*no_source\.parquet|no_source\.parquet.*data_source",
@@ -201,7 +216,7 @@ def test_bad_input_is_one_clear_line_on_every_rank(data, tmp_path, case):
         command = [
             sys.executable,
             str(REPO / "examples/train_gpt_grpo.py"),
-            *_arguments(data, tmp_path, **overrides(data)),
+            *_arguments(2, data, tmp_path, **overrides(data)),
         ]
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip

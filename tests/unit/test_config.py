@@ -25,7 +25,7 @@ def test_every_recipe_loads(name):
     world = config.trainer.devices * config.trainer.num_nodes
     replica = config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
     assert world % replica == 0
-    schema.check_data_parallel(config, world // replica)
+    schema.check_world(config, world, world // replica)
 
 
 def test_the_documented_defaults_are_the_defaults():
@@ -48,6 +48,11 @@ def test_the_documented_defaults_are_the_defaults():
         ("model.global_batch_size=4", "model.global_batch_size=4 would cut groups apart: make it a multiple of"),
         ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
         ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
+        ("model.data.train_files=x.parquet", "model.data.train_files: "),
+        ("model.seed=-1", "model.seed=-1: must not be negative"),
+        ("model.grpo.sampling_params.top_p=0", "model.grpo.sampling_params.top_p=0.0: must be above 0"),
+        ("model.optim.betas=[0.9]", "model.optim.betas=[0.9]: must be two numbers in [0, 1)"),
+        ("model.optim.sched.min_lr=1", "model.optim.sched.min_lr=1.0: must be in [0, model.optim.lr=0.0002]"),
         ("model.optim.name=sgd", "model.optim.name=sgd: only distributed_fused_adam is known"),
         ("model.data.train_files=[]", "model.data.train_files=[]: name at least one parquet file"),
         ("exp_manager.explicit_log_dir=???", "exp_manager.explicit_log_dir: no value; set it"),
@@ -60,6 +65,10 @@ def test_errors_are_one_line_with_key_value_and_remedy(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_known_key_needs_no_plus():
+    assert schema.unknown_key("+trainer.grpo.max_steps").endswith("the key is there already; write it without +")
+
+
 @pytest.mark.parametrize(
     ("override", "ranks", "message"),
     [
@@ -70,4 +79,4 @@ def test_errors_are_one_line_with_key_value_and_remedy(override, message):
 def test_data_parallel_ranks_get_whole_groups_and_micro_batches(override, ranks, message):
     config = schema.load(_compose("kk_cpu", override))
     with pytest.raises(schema.ConfigError, match=message):
-        schema.check_data_parallel(config, ranks)
+        schema.check_world(config, 8, ranks)

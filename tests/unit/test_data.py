@@ -62,7 +62,7 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
 def test_a_long_prompt_is_refused_by_row(tmp_path):
     data = PromptDataset(write(tmp_path / "x.parquet", row(), row("9" * 50)), encode=encode, max_prompt_length=20)
     assert len(data[0].token_ids) == 13
-    message = r"row 1 \(sums\): the prompt has 59 tokens, more than max_prompt_length 20"
+    message = r"model.data.max_prompt_length=20: the prompt of row 1 \(sums\) has 59 tokens"
     for look in (lambda: data[1], data.check_lengths):
         with pytest.raises(DataError, match=message):
             look()

@@ -71,6 +71,15 @@ def test_policy_loss_equals_the_formula_and_does_not_depend_on_the_split():
     assert 0 < metrics["actor/pg_clipfrac"] < n
 
 
+def test_tokens_outside_the_mask_never_reach_loss_or_gradient():
+    logprobs = torch.tensor([[-120.0, -1.0]], requires_grad=True)
+    mask, reference = torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, -1.5]])
+    old = torch.tensor([[0.0, -1.0]])
+    loss, _ = grpo.policy_loss(logprobs, old, torch.ones(1), mask, 1.0, ref_logprobs=reference, kl_penalty=1.0)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad[0, 0] == 0 and logprobs.grad[0, 1] != 0
+
+
 def test_clipping_stops_the_gradient_only_where_it_should():
     old = torch.zeros(4, 1)
     logprobs = torch.log(torch.tensor([[1.5], [0.5], [1.5], [0.5]])).requires_grad_()

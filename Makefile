@@ -28,7 +28,7 @@ data/kk/test.parquet: | $(VENV)/.installed
 	$(BIN)/python -m kk.dataset --in data/kk --out data/kk
 
 demo: venv data
-	rm -rf results/kk_cpu
+	@if [ -e results/kk_cpu ]; then mv results/kk_cpu results/kk_cpu.$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
 
 test: venv data

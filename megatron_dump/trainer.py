@@ -136,7 +136,7 @@ class GRPOTrainer:
         advantages: np.ndarray,
         outcomes: Outcomes,
     ) -> dict[str, float]:
-        """One optimizer step for each block of `groups_per_update` prompts; metrics averaged over them."""
+        """One optimizer step for each block of `groups_per_update` prompts; metrics are means over them (or maxima)."""
         prompts = {r.group_id: r.prompt.token_ids for r in requests}
         block_of = np.array([c.group_id // self.groups_per_update for c in completions])
         batches = []
@@ -157,7 +157,7 @@ class GRPOTrainer:
                     batch.ref_logprobs = self.actor.compute_logprobs(batch, reference=True)
         with watch("update_actor"):
             updates = [self.actor.train_step(batch) for batch in batches]
-        return {k: float(np.mean([u[k] for u in updates])) for k in updates[0]}
+        return {k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates])) for k in updates[0]}
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], outcomes: Outcomes, requests: Sequence[Request]) -> None:
         watch.seconds["sync"] = 0.0  # the generator shares the actor's weights

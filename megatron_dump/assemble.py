@@ -11,6 +11,7 @@ from megatron_dump import config as schema
 from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.checkpoint import Checkpoints
+from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
@@ -20,6 +21,7 @@ from megatron_dump.monitor import Monitor
 from megatron_dump.rollout import Generator
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
+from megatron_dump.rollout.resharded import ReshardedGenerator
 from megatron_dump.rollout.sampling import SamplingOptions
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
@@ -139,8 +141,12 @@ def make_generators(
         sampling.top_p,
         sampling.use_greedy,
     )
-    policy = MegatronGenerator(actor, options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    generator: Generator = policy
+    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
+    policy: Generator = MegatronGenerator(actor, *settings)
+    if backend.reshard:
+        whole = WholePolicy(actor, config.trainer.precision)
+        policy = ReshardedGenerator(MegatronGenerator(whole, *settings), whole)
+    generator = policy
     if backend.type == "recorded":
         generator = RecordedGenerator(str(backend.path), tokenizer.decode)
     if backend.record:

@@ -24,6 +24,7 @@ class CurriculumConfig:
 @dataclasses.dataclass
 class InferenceBackendConfig:
     type: str = "megatron"
+    reshard: bool = False
     path: str | None = None
     record: str | None = None
 

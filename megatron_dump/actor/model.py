@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
@@ -121,8 +122,10 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
     return spec
 
 
-def build_model(arch: Architecture, config: TransformerConfig, parallel: Parallel) -> GPTModel:
-    """This pipeline stage's part of the model, weights not yet loaded."""
+def build_model(
+    arch: Architecture, config: TransformerConfig, parallel: Parallel, groups: ProcessGroupCollection | None = None
+) -> GPTModel:
+    """This pipeline stage's part of the model, weights not yet loaded; `groups`: others than megatron-core's own."""
     rope = getattr(arch.hf, "rope_parameters", None) or {}
     model = GPTModel(
         config=config,
@@ -137,6 +140,7 @@ def build_model(arch: Architecture, config: TransformerConfig, parallel: Paralle
         rotary_base=int(arch.rotary_base),
         rope_scaling=rope.get("rope_type") == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
+        pg_collection=groups,
     )
     model.rotary_pos_emb = OffsetRotaryEmbedding(model.rotary_pos_emb)
     return model.to(device=parallel.device, dtype=config.params_dtype)

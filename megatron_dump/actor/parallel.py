@@ -40,6 +40,7 @@ class Parallel:
     pipeline_rank: int
     pipeline_size: int
     pipeline_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # the tensor × pipeline ranks that hold one copy of the model
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
@@ -107,6 +108,7 @@ def current(device: torch.device) -> Parallel:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),

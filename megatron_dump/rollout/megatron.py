@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.incremental import IncrementalForward, incremental_forward
+from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.rollout import Request
 from megatron_dump.rollout.sampling import SamplingOptions, pick_tokens, uniforms
 from megatron_dump.types import Completion
@@ -25,14 +26,14 @@ class MegatronGenerator:
 
     def __init__(
         self,
-        actor: MegatronGPTGRPOActor,
+        policy: MegatronGPTGRPOActor | WholePolicy,
         options: SamplingOptions,
         seed: int,
         max_rows: int,
         decode: Callable[[list[int]], str],
     ) -> None:
-        self.actor, self.options, self.seed, self.max_rows, self.decode = actor, options, seed, max_rows, decode
-        self.device = actor.parallel.device
+        self.policy, self.options, self.seed, self.max_rows, self.decode = policy, options, seed, max_rows, decode
+        self.device = policy.parallel.device
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         completions = []
@@ -48,14 +49,17 @@ class MegatronGenerator:
             np.stack([uniforms(self.seed, step, requests[i].group_id, sample, limit) for i, sample in owners])
         ).to(self.device)
         start, prompts = torch.from_numpy(start).to(self.device), torch.from_numpy(prompts).to(self.device)
-        actor, capacity = self.actor, prompts.size(1) + limit
-        with incremental_forward(actor.module, actor.parallel, actor.arch.vocab_size, start, capacity) as model:
+        policy, capacity = self.policy, prompts.size(1) + limit
+        with incremental_forward(policy.module, policy.parallel, policy.arch.vocab_size, start, capacity) as model:
             logits = model.forward(prompts)
             rows = torch.tensor([i for i, _ in owners], device=self.device)
             model.select(rows)
             tokens, logprobs = self._decode_loop(model, logits[rows] if logits is not None else None, n, uniform)
-        return [self._completion(requests[i], sample, tokens[row], logprobs[row])
-                for row, (i, sample) in enumerate(owners)]  # fmt: skip
+        lengths = (tokens >= 0).sum(1)
+        return [
+            self.completion(requests[i], sample, tokens[row, : lengths[row]], logprobs[row, : lengths[row]])
+            for row, (i, sample) in enumerate(owners)
+        ]
 
     def _decode_loop(
         self, model: IncrementalForward, logits: Tensor | None, n: int, uniform: Tensor
@@ -86,18 +90,17 @@ class MegatronGenerator:
             logits = model.forward(new_tokens[:, None])
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _completion(self, request: Request, sample: int, tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
-        length = int((tokens >= 0).sum())
-        ids = tokens[:length]
+    def completion(self, request: Request, sample: int, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
+        """Sampled tokens int64 [T] and their log-probabilities as a Completion of the weights held now."""
         finished = bool(ids[-1] in self.options.stop_ids)
         return Completion(
             group_id=request.group_id,
             sample=sample,
             token_ids=ids,
-            logprobs=logprobs[:length],
+            logprobs=logprobs,
             finished=finished,
-            policy_version=self.actor.version,
-            text=self.decode(ids[: length - finished].tolist()),
+            policy_version=self.policy.version,
+            text=self.decode(ids[: len(ids) - finished].tolist()),
         )
 
 

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dump.actor import convert
+from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.rollout import Request
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
+from megatron_dump.rollout.resharded import ReshardedGenerator
 from megatron_dump.rollout.sampling import SamplingOptions, pick_tokens
 from megatron_dump.types import Prompt
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny import STOP, VOCABULARY, make_actor, write_model
+from tests.distributed.tiny import STOP, VOCABULARY, make_actor, share_of, write_model
 
 LAYOUTS = {"TP2": (2, 1, 2), "PP2": (1, 2, 2), "TP2xPP2": (2, 2, 4)}
 
@@ -29,12 +32,14 @@ def _requests(n_prompts: int = 5, n: int = 3) -> list[Request]:
     return [Request(g, Prompt(g, "s", p, ""), n) for g, p in enumerate(prompts)]
 
 
-def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=64, **options):
+def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=64, reshard=False, **options):
     actor = make_actor(path, tensor, pipeline)
     settings = SamplingOptions(**{"max_length": 20, "stop_ids": (STOP, 7), "temperature": 0.7, **options})
-    generator = MegatronGenerator(
-        actor, settings, seed=3, max_rows=max_rows, decode=lambda ids: " ".join(map(str, ids))
-    )
+    common = (settings, 3, max_rows, lambda ids: " ".join(map(str, ids)))
+    generator = MegatronGenerator(actor, *common)
+    if reshard:
+        whole = WholePolicy(actor, "32")
+        generator = ReshardedGenerator(MegatronGenerator(whole, *common), whole)
     completions = generator.generate(0, requests)
     difference = 0.0
     if check_logprobs:
@@ -74,6 +79,39 @@ def test_every_layout_generates_the_same(model, single, layout):
     for completions, difference in run_ranks(lambda: _generate(model[0], tensor, pipeline, _requests(), True), world):
         assert completions == single[0]
         assert difference < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_prompts", [5, 1])
+def test_resharded_generation_is_the_same(model, single, layout, n_prompts):
+    """Whole copies of the weights on every rank; also with fewer prompts than ranks."""
+    tensor, pipeline, world = LAYOUTS[layout]
+    requests = _requests()[:n_prompts]
+    for completions, difference in run_ranks(
+        lambda: _generate(model[0], tensor, pipeline, requests, check_logprobs=True, reshard=True), world
+    ):
+        assert completions == single[0][: 3 * n_prompts]
+        assert difference < 1e-4
+
+
+def test_resharded_weights_follow_the_policy(model):
+    """After an optimizer step the whole copy equals what the split model exports."""
+
+    def rank():
+        actor = make_actor(model[0], 2, 2)
+        whole = WholePolicy(actor, "32")
+        whole.refresh()
+        before = whole.module.embedding.word_embeddings.weight.clone()
+        batch = share_of(actor)
+        batch.ref_logprobs = actor.compute_logprobs(batch, reference=True)
+        actor.train_step(batch)
+        whole.refresh()
+        ours = dict(convert.named_hf_weights(whole.module, whole.arch, whole.parallel))
+        theirs = convert.named_hf_weights(actor.module, actor.arch, actor.parallel)
+        moved = not torch.equal(before, whole.module.embedding.word_embeddings.weight)
+        return moved and all(torch.equal(ours[name], weight) for name, weight in theirs)
+
+    assert run_ranks(rank, 4) == [True] * 4
 
 
 def test_a_completion_does_not_depend_on_its_batch(model, single):

@@ -90,7 +90,11 @@ def recorded(data, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("eight")
     weights = _train(
         8, data, log_dir, 2, 2,
-        **{"trainer.grpo.inference_backend.record": log_dir / "rollouts", "model.global_batch_size": 16},
+        **{
+            "trainer.grpo.inference_backend.record": log_dir / "rollouts",
+            "trainer.grpo.inference_backend.reshard": "false",
+            "model.global_batch_size": 16,
+        },
     )  # fmt: skip
     return log_dir, weights
 

@@ -170,21 +170,25 @@ def test_wandb_outage_warns_once_and_leaks_nothing(tmp_path, monkeypatch, caplog
     inits = [kwargs for name, _, kwargs in calls if name == "init"]
     assert inits[0]["project"] == "dump" and inits[0]["name"] == "kk"
     assert inits[0]["id"] == inits[1]["id"] == (tmp_path / "wandb_run_id").read_text()
-    assert len(caplog.records) == (0 if failing == "none" else 2)  # one a process
+    assert len(_warnings(caplog)) == (0 if failing == "none" else 2)  # one a process
     assert "s3cr3t-value" not in caplog.text + "".join(capsys.readouterr())
     assert "s3cr3t-value" not in "".join(path.read_text() for path in tmp_path.iterdir())
     assert [row["step"] for row in read(tmp_path)] == [1, 2]
 
 
+def _warnings(caplog) -> list[str]:
+    """What the monitor itself logged; other libraries' records depend on which of them were imported."""
+    return [record.message for record in caplog.records if record.name == "megatron_dump.monitor"]
+
+
 def test_wandb_offline_for_real(tmp_path, monkeypatch, caplog):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     manager = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "dump", "name": "kk"}}
     monitor = Monitor(tmp_path, SOURCES, 10, 0, manager)
     monitor.log_step(1, step_metrics())
     monitor.close()
-    assert not caplog.records
+    assert not _warnings(caplog)
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 

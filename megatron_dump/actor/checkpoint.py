@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import queue
 import re
 import shutil
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.distributed import fail_together
@@ -48,6 +50,7 @@ class Checkpoints:
                 if partial.exists():
                     shutil.rmtree(partial)
                 (partial / "model").mkdir(parents=True)
+        _keep_results_in_process()
         dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial / "model"))
         dist.barrier()
         with fail_together(f"checkpoint {final}", device=device):
@@ -79,3 +82,12 @@ class Checkpoints:
         model = self.actor.module.sharded_state_dict()
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
         return {"model": model, "optimizer": optimizer}
+
+
+def _keep_results_in_process() -> None:
+    """A synchronous save reports inside its process; megatron-core would spawn a manager process on every rank for it.
+
+    That process imports everything again (200 MB, seconds) and outlives a rank that is killed.
+    """
+    if filesystem_async._results_queue is None:  # megatron-core's own; AttributeError when it is gone
+        filesystem_async._results_queue = queue.Queue()

@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 
 import torch.distributed as dist
 import yaml
@@ -24,6 +25,19 @@ from megatron_dump import config as schema
 from megatron_dump.config import Config, ConfigError
 
 CONF = pathlib.Path(__file__).resolve().parent / "conf"
+OPEN_BLOCKS = ("trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wandb_logger_kwargs")
+
+
+def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
+    """Blocks whose keys depend on what they name need no `+`, and `block={…}` replaces the block as a whole."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not key.startswith(tuple(f"{block}." for block in OPEN_BLOCKS)) and key not in OPEN_BLOCKS:
+            yield override
+            continue
+        if value.lstrip().startswith("{"):
+            yield f"~{key}"
+        yield f"++{override}"
 
 
 def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
@@ -36,7 +50,7 @@ def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     search = [] if args.config_path.resolve() == CONF else [f"hydra.searchpath=[file://{CONF}]"]
     try:
         with initialize_config_dir(str(args.config_path.resolve()), version_base="1.3"):
-            raw = compose(args.config_name, args.overrides + search)
+            raw = compose(args.config_name, [*open_blocks(args.overrides), *search])
     except (HydraException, yaml.YAMLError) as error:
         key = next((o.split("=")[0] for o in args.overrides if o.split("=")[0].lstrip("+~") in str(error)), None)
         if key is not None:

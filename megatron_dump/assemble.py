@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,8 @@ from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.checkpoint import Checkpoints
 from megatron_dump.actor.whole import WholePolicy
-from megatron_dump.config import Config, ConfigError
+from megatron_dump.collect import Collector
+from megatron_dump.config import Config, ConfigError, CurriculumConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
@@ -48,8 +50,9 @@ def build_trainer(config: Config) -> GRPOTrainer:
         grpo.num_prompts_per_grpo_step,
         grpo.samples_per_prompt,
         model.seed,
-        vars(grpo.curriculum),
+        blocks_of(grpo.curriculum),
         train.fingerprint,
+        max_steps=grpo.max_steps,
     )
     grid = parallel.initialize(
         model.tensor_model_parallel_size,
@@ -61,25 +64,41 @@ def build_trainer(config: Config) -> GRPOTrainer:
     generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_positions(config, actor, [d for d in (train, validation) if d is not None])
+    updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
+    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device)
     return GRPOTrainer(
         config=grpo,
         settings=schema.lasting(config),
-        groups_per_update=model.global_batch_size // grpo.samples_per_prompt,
+        updates=updates,
         max_length=model.grpo.length_params.max_length,
+        loss_agg_mode=model.grpo.loss_agg_mode,
         use_reference=grpo.initial_policy_kl_penalty > 0,
         owns_curriculum=grid.rank == 0,
         actor=actor,
-        generator=generator,
+        collector=Collector(
+            generator=generator,
+            scorer=scorer,
+            dataset=train,
+            sampler=make_sampler(config, curriculum, grid),
+            filter=curriculum.filter,
+            replica=replica,
+            updates=updates,
+            normalize_rewards=grpo.normalize_rewards,
+            age=lambda completion: (actor.version - completion.policy_version) // updates,
+        ),
         validator=validator,
         dataset=train,
         validation=validation,
-        scorer=scorer,
         curriculum=curriculum,
-        sampler=make_sampler(config, curriculum, grid),
-        replica=Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device),
+        replica=replica,
         checkpoints=Checkpoints(log_dir / "checkpoints", actor),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
     )
+
+
+def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:
+    """What the Curriculum is made of; the rest of the section concerns the data and the resume."""
+    return {k: v for k, v in vars(curriculum).items() if k not in ("source_key", "resume_changed")}
 
 
 def _check_positions(config: Config, actor: MegatronGPTGRPOActor, datasets: list[PromptDataset]) -> None:
@@ -156,18 +175,16 @@ def make_generators(
 
 
 def make_sampler(config: Config, curriculum: Curriculum, grid: parallel.Parallel) -> MegatronCurriculumBatchSampler:
-    """Draws for all ranks; a block is the prompts of one optimizer step, so that it does not depend on the layout."""
+    """Draws for all ranks. The trainer deals the rollouts out itself: no prompts are handed out by the sampler."""
     prompts = config.trainer.grpo.num_prompts_per_grpo_step
-    block = config.model.global_batch_size // config.trainer.grpo.samples_per_prompt
     return MegatronCurriculumBatchSampler(
         total_samples=curriculum.n_rows,
         consumed_samples=0,
-        micro_batch_size=block // grid.data_size,
+        micro_batch_size=1,
         global_batch_size=prompts,
-        data_parallel_rank=grid.data_rank,
-        data_parallel_size=grid.data_size,
+        data_parallel_rank=0,
+        data_parallel_size=1,
         seed=config.model.seed,
         curriculum=curriculum,
         broadcast=DrawBroadcast(device=grid.device, n_prompts=prompts, n_sources=len(curriculum.sources)),
-        block_size=block,
     )

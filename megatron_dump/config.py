@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "prompt-mean")  # of grpo.loss_weights
+
 
 @dataclasses.dataclass
 class CurriculumConfig:
@@ -19,6 +21,11 @@ class CurriculumConfig:
     sources: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "dump_ucb"})
     prompts: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "epoch"})
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fixed"})
+    filter: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    pass_rates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    audit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alarm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    resume_changed: str = "refuse"
 
 
 @dataclasses.dataclass
@@ -40,6 +47,7 @@ class GRPOConfig:
     run_validation_step_0: bool = True
     gradient_clip_val: float = 1.0
     initial_policy_kl_penalty: float = 0.001
+    normalize_rewards: bool = True
     curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
     inference_backend: InferenceBackendConfig = dataclasses.field(default_factory=InferenceBackendConfig)
 
@@ -72,6 +80,7 @@ class ModelGRPOConfig:
     generation_rollout_mbs: int = 256
     ratio_eps_low: float = 0.2
     ratio_eps_high: float = 0.2
+    loss_agg_mode: str = "token-mean"
     sampling_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     length_params: LengthParams = dataclasses.field(default_factory=LengthParams)
 
@@ -159,8 +168,9 @@ def load(raw: DictConfig) -> Config:
 _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it computes
     "trainer.num_nodes trainer.devices trainer.collective_timeout_s trainer.grpo.max_steps "
     "trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
-    "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend model.tensor_model_parallel_size "
-    "model.pipeline_model_parallel_size model.micro_batch_size model.make_vocab_size_divisible_by "
+    "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend trainer.grpo.curriculum "
+    "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.micro_batch_size "
+    "model.make_vocab_size_divisible_by "
     "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
     "model.data.validation_files model.data.max_prompt_length exp_manager"
 ).split()
@@ -169,7 +179,8 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
 def lasting(config: Config) -> dict[str, Any]:
     """{dotted key: value} of everything a resumed run must share with the run it continues.
 
-    Files are compared by what is in them (the curriculum's fingerprint), not by name.
+    Files are compared by what is in them (the curriculum's fingerprint), not by name; the curriculum compares its own
+    settings, all defaults filled in.
     """
     flat: dict[str, Any] = {}
 
@@ -235,6 +246,12 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: a group needs at least 2 to have a baseline"
         )
+    for key, value, known in (
+        ("model.grpo.loss_agg_mode", model.grpo.loss_agg_mode, LOSS_AGG_MODES),
+        ("trainer.grpo.curriculum.resume_changed", grpo.curriculum.resume_changed, ("refuse", "allow")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{key}={value}: known are {', '.join(known)}")
     if config.trainer.precision not in ("32", "bf16"):
         raise ConfigError(f"trainer.precision={config.trainer.precision}: must be 32 or bf16")
     if grpo.inference_backend.type not in ("megatron", "recorded"):
@@ -284,30 +301,23 @@ def _check_batches(config: Config) -> None:
             f"(trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} × "
             f"samples_per_prompt={grpo.samples_per_prompt}): choose a divisor"
         )
-    if model.global_batch_size % grpo.samples_per_prompt:
-        raise ConfigError(
-            f"model.global_batch_size={model.global_batch_size} would cut groups apart: make it a multiple of "
-            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}"
-        )
 
 
 def check_world(config: Config, world_size: int, data_parallel_size: int) -> None:
-    """The ranks started must be those configured, and each replica must get whole groups and micro-batches.
+    """The ranks started must be those configured, and each replica must get whole micro-batches.
 
     ConfigError otherwise.
     """
-    grpo, model, trainer = config.trainer.grpo, config.model, config.trainer
+    model, trainer = config.model, config.trainer
     if trainer.num_nodes * trainer.devices != world_size:
         raise ConfigError(
             f"trainer.num_nodes={trainer.num_nodes} × trainer.devices={trainer.devices} = "
             f"{trainer.num_nodes * trainer.devices} ranks, but {world_size} were started: make them agree"
         )
-    prompts = model.global_batch_size // grpo.samples_per_prompt
-    if prompts % data_parallel_size:
+    if model.global_batch_size % data_parallel_size:
         raise ConfigError(
-            f"model.global_batch_size={model.global_batch_size} is {prompts} groups of "
-            f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}, which {data_parallel_size} data-parallel "
-            f"ranks cannot share evenly: make it a multiple of {grpo.samples_per_prompt * data_parallel_size}"
+            f"model.global_batch_size={model.global_batch_size} rollouts cannot be shared evenly by "
+            f"{data_parallel_size} data-parallel ranks: make it a multiple of {data_parallel_size}"
         )
     share = model.global_batch_size // data_parallel_size
     for key, size in (

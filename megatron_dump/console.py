@@ -6,7 +6,7 @@ import datetime
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -63,6 +63,15 @@ class Screen:
         self._validations.append((step, pass_rates))
         values = "  ".join(f"{s} {fmean(pass_rates[s]):.3f}" for s in sorted(pass_rates, key=natural_key))
         self._console.print(f"validation at step {step}: accuracy  {values}", soft_wrap=True, markup=False)
+
+    def show_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """A line each; above the live view where there is one."""
+        for event in events:
+            word = "notice" if event["kind"] == "notice" else "warning"
+            source = "" if event["source"] is None else f"{event['source']}: "
+            message = " ".join(event["message"].split())  # a line each, whatever it quotes
+            line = Text(f"{word} at step {event['step']}: {source}{message}", style="yellow" * (word == "warning"))
+            self._console.print(line, soft_wrap=True)
 
     def _add_draws(self, metrics: Mapping[str, float]) -> None:
         for source in self._sources:

@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megatron_dump.types import Draw, Outcomes
+from megatron_dump.types import Completion, Draw, Outcomes
 
 _COLUMNS = {  # of Outcomes, as gathered
     "group_ids": np.int64,
+    "samples": np.int64,
+    "prompt_ids": np.int64,
     "source_ids": np.int64,
     "rewards": np.float64,
     "advantages": np.float64,
@@ -27,6 +29,8 @@ _COLUMNS = {  # of Outcomes, as gathered
     "well_formed": np.bool_,
     "lengths": np.int64,
     "finished": np.bool_,
+    "kept": np.bool_,
+    "ages": np.int64,
 }
 _MESSAGE_BYTES = 1024  # of a failing rank's message; the rest is cut
 
@@ -42,14 +46,14 @@ class Replica:
 
 
 class DrawBroadcast:
-    """Delivers the draw of the group's first rank to all its ranks: one broadcast of 3 P + K + 2 words of 64 bits."""
+    """Delivers the draw of the group's first rank to all its ranks: one broadcast of 3 P + K + 5 words of 64 bits."""
 
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         *,
-        n_prompts: int,
+        n_prompts: int,  # of the largest round
         n_sources: int,
     ):
         self._group, self._device = group, device
@@ -59,25 +63,30 @@ class DrawBroadcast:
     def draw(self, draw: Draw | None) -> Draw:
         """The source passes its draw, the others None. RuntimeError on every rank if the source passes None."""
         words = None if draw is None or not self.is_source else self._pack(draw)
-        received = _broadcast_words(words, 1 + 3 * self._n_prompts + self._n_sources, self._group, self._device)
+        received = _broadcast_words(words, 4 + 3 * self._n_prompts + self._n_sources, self._group, self._device)
         if received is None:
             raise RuntimeError(
-                f"no draw of {self._n_prompts} prompts and {self._n_sources} sources came from the curriculum's rank"
+                f"no draw of at most {self._n_prompts} prompts and {self._n_sources} sources came from the "
+                "curriculum's rank"
             )
         return self._unpack(received)
 
     def _pack(self, draw: Draw) -> np.ndarray | None:
-        """int64 [1 + 3P + K]; None for a draw of other sizes, so that every rank learns of it."""
+        """int64 [4 + 3P + K]; None for a draw of other sizes, so that every rank learns of it."""
         ids = [np.asarray(a, np.int64) for a in (draw.prompt_ids, draw.source_ids, draw.rollouts)]
         weights = np.ascontiguousarray(draw.weights, np.float64)
-        if any(len(a) != self._n_prompts for a in ids) or len(weights) != self._n_sources:
+        n = len(ids[0])
+        if n > self._n_prompts or any(len(a) != n for a in ids) or len(weights) != self._n_sources:
             return None
-        return np.concatenate([[draw.step], *ids, weights.view(np.int64)])
+        table = np.zeros((3, self._n_prompts), np.int64)
+        table[:, :n] = ids
+        return np.concatenate([[draw.step, n, draw.first_group, draw.train], table.reshape(-1), weights.view(np.int64)])
 
     def _unpack(self, words: np.ndarray) -> Draw:
-        n = self._n_prompts
-        prompt_ids, source_ids, rollouts = words[1 : 1 + 3 * n].reshape(3, n).copy()
-        return Draw(int(words[0]), prompt_ids, source_ids, rollouts, words[1 + 3 * n :].copy().view(np.float64))
+        step, n, first_group, train = words[:4].tolist()
+        table, weights = np.split(words[4:], [3 * self._n_prompts])
+        prompt_ids, source_ids, rollouts = table.reshape(3, -1)[:, :n].copy()
+        return Draw(step, prompt_ids, source_ids, rollouts, weights.copy().view(np.float64), first_group, bool(train))
 
 
 def broadcast_array(
@@ -106,30 +115,55 @@ def broadcast_array(
 
 
 def gather_outcomes(
-    local: Outcomes, samples: np.ndarray, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+    local: Outcomes, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Outcomes:
     """Every rank's rollouts as one Outcomes, sorted by (group_id, sample), the same on every rank of the group.
 
-    local: this rank's rollouts in any order, possibly none; samples int64 [N_local]: each one's number in its group.
-    Integers travel as float64, exact below 2**53. Raises ValueError on every rank if ranks are at different steps or
-    a (group_id, sample) comes twice, as it does when `group` is not the data-parallel one.
+    local: this rank's rollouts in any order, possibly none. Integers travel as float64, exact below 2**53. Raises
+    ValueError on every rank if ranks are at different steps or a (group_id, sample) comes twice, as it does when
+    `group` is not the data-parallel one.
     """
-    columns = [samples, *(getattr(local, name) for name in _COLUMNS)]
-    table = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)  # [N_local, 9]
-    sizes = _all_gather(np.array([len(table), local.step]), group, device)  # [ranks, 2]
+    table = np.stack([np.asarray(getattr(local, name), np.float64) for name in _COLUMNS], axis=1)  # [N_local, 12]
+    sizes = all_gather_array(np.array([len(table), local.step]), group, device)  # [ranks, 2]
     if np.any(sizes[:, 1] != sizes[0, 1]):
         raise ValueError(f"gather_outcomes: the ranks are at different steps: {sizes[:, 1].tolist()}")
-    padded = np.zeros((int(sizes[:, 0].max()), table.shape[1]))
+    padded = np.zeros((max(1, int(sizes[:, 0].max())), table.shape[1]))  # some backends refuse empty tensors
     padded[: len(table)] = table
-    gathered = _all_gather(padded, group, device)  # [ranks, N_max, 9]
+    gathered = all_gather_array(padded, group, device)  # [ranks, N_max, 12]
     rows = np.concatenate([part[:n] for part, n in zip(gathered, sizes[:, 0], strict=True)])
-    rows = rows[np.lexsort((rows[:, 0], rows[:, 1]))]  # the last key, group_id, sorts first
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # the last key, group_id, sorts first
     repeated = np.all(rows[1:, :2] == rows[:-1, :2], axis=1)
     if repeated.any():
-        sample, group_id = rows[1:][repeated][0, :2].astype(int)
+        group_id, sample = rows[1:][repeated][0, :2].astype(int)
         raise ValueError(f"gather_outcomes: sample {sample} of group {group_id} came from two ranks")
-    fields = {name: rows[:, i].astype(dtype) for i, (name, dtype) in enumerate(_COLUMNS.items(), start=1)}
-    return Outcomes(step=local.step, **fields)
+    return Outcomes(step=local.step, **{n: rows[:, i].astype(d) for i, (n, d) in enumerate(_COLUMNS.items())})
+
+
+def gather_completions(
+    local: Sequence[Completion], group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> list[Completion]:
+    """Every rank's completions, sorted by (group_id, sample), the same on every rank; their texts stay behind.
+
+    Four collectives whatever the number of completions, 12 bytes a token, padded to the largest share.
+    """
+    heads = np.array([(c.group_id, c.sample, c.finished, c.policy_version, len(c.token_ids)) for c in local], np.int64)
+    heads = heads.reshape(-1, 5)
+    tokens = np.concatenate([np.empty(0, np.int64), *(c.token_ids for c in local)]).astype(np.int64)
+    logprobs = np.concatenate([np.empty(0, np.float32), *(c.logprobs for c in local)]).astype(np.float32)
+    sizes = all_gather_array(np.array([len(heads), len(tokens)]), group, device)  # [ranks, 2]
+    parts = []
+    for array, counts in ((heads, sizes[:, 0]), (tokens, sizes[:, 1]), (logprobs, sizes[:, 1])):
+        padded = np.zeros((max(1, int(counts.max())), *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        gathered = all_gather_array(padded, group, device)
+        parts.append(np.concatenate([part[:n] for part, n in zip(gathered, counts, strict=True)]))
+    heads, tokens, logprobs = parts
+    ends = np.cumsum(heads[:, 4])
+    completions = [
+        Completion(g, sample, tokens[end - length : end], logprobs[end - length : end], bool(finished), version)
+        for (g, sample, finished, version, length), end in zip(heads.tolist(), ends.tolist(), strict=True)
+    ]
+    return sorted(completions, key=lambda c: (c.group_id, c.sample))
 
 
 def agree(name: str, digest: str, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
@@ -137,7 +171,7 @@ def agree(name: str, digest: str, group: dist.ProcessGroup | None = None, device
     own = np.frombuffer(bytes.fromhex(digest), np.uint8)
     if len(own) != 32:
         raise ValueError(f"agree on {name}: {digest!r} is not a SHA-256 in hexadecimal")
-    digests = [row.tobytes().hex() for row in _all_gather(own, group, device)]
+    digests = [row.tobytes().hex() for row in all_gather_array(own, group, device)]
     others = {_global_rank(rank, group): d for rank, d in enumerate(digests) if d != digests[0]}
     if others:
         theirs = ", ".join(f"{rank} ({d[:12]})" for rank, d in others.items())
@@ -163,7 +197,7 @@ def fail_together(
     text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:_MESSAGE_BYTES]
     own = np.zeros(_MESSAGE_BYTES, np.uint8)
     own[: len(text)] = np.frombuffer(text, np.uint8)
-    messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in _all_gather(own, group, device)]
+    messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_gather_array(own, group, device)]
     if error is not None and not isinstance(error, Exception):
         raise error  # an interrupt stays one on its own rank
     failed = next((rank for rank, message in enumerate(messages) if message), None)
@@ -187,7 +221,7 @@ def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
     return rank if _alone() or group is None else dist.get_global_rank(group, rank)
 
 
-def _all_gather(array: np.ndarray, group: dist.ProcessGroup | None, device: torch.device | str) -> np.ndarray:
+def all_gather_array(array: np.ndarray, group: dist.ProcessGroup | None, device: torch.device | str) -> np.ndarray:
     """[...] -> [ranks, ...], in the order of the group's ranks; one collective."""
     if _alone():
         return array[None]

@@ -33,10 +33,8 @@ def validate(
     completions = generator.generate(STREAM, requests)
     with fail_together("validation reward", device=replica.device):
         scores = scorer.score(completions, {r.group_id: r.prompt for r in requests})
-    source_ids = np.array([dataset.sources.index(r.prompt.source) for r in requests for _ in range(r.n)], np.int64)
-    local = local_outcomes(0, completions, source_ids, scores, np.zeros(len(scores)))
-    samples = np.array([c.sample for c in completions], np.int64)
-    outcomes = gather_outcomes(local, samples, replica.group, replica.device)
+    local = local_outcomes(0, completions, {r.group_id: r.prompt for r in requests}, scores, dataset.sources)
+    outcomes = gather_outcomes(local, replica.group, replica.device)
     metrics, pass_rates = {}, {}
     for k, source in enumerate(dataset.sources):
         of_source = outcomes.source_ids == k

@@ -9,16 +9,16 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dump.console import Screen
-from megatron_dump.types import Draw
 
 log = logging.getLogger(__name__)
 
-FILES = ("metrics.jsonl", "curriculum.jsonl", "samples.jsonl", "validation.jsonl")  # JSON lines, each with its step
+# JSON lines, each with its step
+FILES = ("metrics.jsonl", "curriculum.jsonl", "samples.jsonl", "validation.jsonl", "events.jsonl")
 
 
 class Monitor:
@@ -50,8 +50,9 @@ class Monitor:
             return
         for path in (self.path.with_name(name) for name in FILES[1:]):
             if path.exists():
-                _keep_rows(path, step)
-        rows = _keep_rows(self.path, step)
+                _drop_later(path, step)
+        _drop_later(self.path, step)
+        rows = _read_rows(self.path)
         validations = self.path.with_name("validation.jsonl")
         self._screen.restore(rows, _read_rows(validations))
         trained = [row["step"] for row in rows if any(not key.startswith("val/") for key in row if key != "step")]
@@ -91,17 +92,26 @@ class Monitor:
             self._append("validation.jsonl", [{"step": step, "pass_rates": pass_rates}])
             self._screen.show_validation(step, pass_rates)
 
-    def log_draw(self, step: int, draw: Draw) -> None:
-        """Keep what the curriculum chose in curriculum.jsonl."""
-        row = {name: getattr(draw, name).tolist() for name in ("prompt_ids", "source_ids", "rollouts", "weights")}
-        self._append("curriculum.jsonl", [{"step": step, **row}])
+    def log_curriculum(self, event: Mapping[str, Any]) -> None:
+        """Keep what the curriculum chose or was told in curriculum.jsonl, the log that curriculum/replay.py reads."""
+        self._append("curriculum.jsonl", [dict(event)])
+
+    def log_events(self, events: list[dict[str, Any]]) -> None:
+        """Print what is out of the ordinary, and keep it in events.jsonl, for the report.
+
+        Each has step, kind ("alarm", "dropped", "short_batch" or "notice"), source (None: the run as a whole) and
+        message. An alarm is sent once, when it is raised; its end is a notice.
+        """
+        self._append("events.jsonl", events)
+        if self._active:
+            self._screen.show_events(events)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Keep a few completions of a step in samples.jsonl, for the report."""
         self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if self._active:
+        if self._active and rows:
             with self.path.with_name(name).open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -172,25 +182,31 @@ class _Wandb:
             return None
 
 
+def _parse_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line and its row, one at a time: a decision log can be large. None where there is no file."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if next(lines, None) is not None:  # only the last line can have been cut short by a crash
+                    raise ValueError(f"{path}, line {number} is not JSON: repair the file or move it away") from error
+                return
+            yield line.rstrip("\n"), row
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):  # only the last line can have been cut short by a crash
-                raise ValueError(f"{path}, line {number} is not JSON: repair the file or move it away") from error
-    return rows
+    return [row for _, row in _parse_lines(path)]
 
 
-def _keep_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Drop lines of later steps from a file, atomically; the lines left."""
-    rows = [row for row in _read_rows(path) if step is None or row["step"] <= step]
+def _drop_later(path: Path, step: int | None) -> None:
+    """Drop a file's lines of steps later than `step`, atomically."""
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with temporary.open("w") as file:
+        file.writelines(line + "\n" for line, row in _parse_lines(path) if step is None or row["step"] <= step)
     temporary.replace(path)
-    return rows
 
 
 def _redact(text: str) -> str:

@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +21,22 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 PHASES = ("draw", "gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "sync")
-BLUE, ORANGE = "#2b5c8a", "#d9773b"
+BLUE, ORANGE, RED = "#2b5c8a", "#d9773b", "#b3261e"
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.axisbelow": True,
     "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 9,
 }  # fmt: skip
-SAMPLES_SHOWN = 12
+SAMPLES_SHOWN, EVENTS_SHOWN = 12, 50
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: 2em auto; padding: 0 1em }}
 h1, h2 {{ font-weight: 600 }} h2 {{ margin-top: 2em; border-bottom: 1px solid #ddd }} img {{ width: 100% }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3em .9em; text-align: right; border-bottom: 1px solid #eee }}
 td:first-child, th:first-child {{ text-align: left }} pre {{ white-space: pre-wrap; background: #f6f7f9; padding: .8em }}
+.events td, .events th {{ text-align: left; vertical-align: top }}
 summary {{ cursor: pointer; padding: .3em 0 }} .good {{ color: #1a7f37 }} .bad {{ color: #b3261e }}
 </style><h1>{title}</h1><p>{summary}</p><img alt="curves of the run" src="data:image/png;base64,{picture}">
-<h2>Sources</h2>{sources}<h2>Last step</h2>{final}{samples}</html>
+<h2>Sources</h2>{sources}{events}<h2>Last step</h2>{final}{samples}</html>
 """
 
 
@@ -47,6 +49,7 @@ class Run:
     rows: list[dict[str, Any]]  # [S], the metrics of each step
     sources: list[str]  # [K], trained on or tested, natural order
     validations: list[tuple[int, dict[str, Any]]]  # [V], (step, val/* metrics), increasing
+    events: list[dict[str, Any]]  # rows of events.jsonl: step, kind, source (None: the whole run), message
 
     @property
     def window(self) -> int:
@@ -83,7 +86,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_run(log_dir: Path) -> Run:
-    """Read metrics.jsonl of a finished or running run."""
+    """Read metrics.jsonl and events.jsonl of a finished or running run."""
     path = log_dir / "metrics.jsonl"
     train: dict[int, dict[str, Any]] = {}
     validations: dict[int, dict[str, Any]] = {}
@@ -96,7 +99,10 @@ def read_run(log_dir: Path) -> Run:
     matches = (re.fullmatch(r"(?:curriculum|train|val)/(.+)/(?:weight|accuracy)", key) for key in keys)
     steps = sorted(train)
     sources = natural_sort(match[1] for match in matches if match)
-    return Run(log_dir.resolve().name, steps, [train[step] for step in steps], sources, sorted(validations.items()))
+    events_path = path.with_name("events.jsonl")
+    events = read_jsonl(events_path) if events_path.exists() else []
+    rows = [train[step] for step in steps]
+    return Run(log_dir.resolve().name, steps, rows, sources, sorted(validations.items()), events)
 
 
 def draw_figure(run: Run) -> Figure:
@@ -110,6 +116,7 @@ def draw_figure(run: Run) -> Figure:
     weights = [np.nan_to_num(run.series(f"curriculum/{source}/weight")) for source in run.sources]
     panels[0].stackplot(run.steps, weights, colors=shades, linewidth=0)
     panels[0].set(title="Source weights", ylim=(0, 1))
+    draw_alarms(panels[0], run)
     draw_sources(panels[1], run, "Learnability: mean |A|", "curriculum/{}/mean_abs_adv", shades)
     draw_sources(panels[2], run, "Training accuracy", "train/{}/accuracy", shades)
     draw_curve(panels[3], run, "Mean reward", "critic/score/mean", BLUE)
@@ -134,6 +141,14 @@ def draw_sources(axes: Axes, run: Run, title: str, key: str, shades: np.ndarray)
     for source, shade in zip(run.sources, shades, strict=True):
         axes.plot(run.steps, run.smooth(key.format(source)), color=shade, linewidth=1.7)
     axes.set(title=title, ylim=(0, None))
+
+
+def draw_alarms(axes: Axes, run: Run) -> None:
+    """A triangle at every step at which an alarm was raised."""
+    if raised := sorted({event["step"] for event in run.events if event["kind"] == "alarm"} & set(run.steps)):
+        style = {"marker": "v", "markersize": 8, "color": RED, "markeredgecolor": "white", "linestyle": "none"}
+        axes.plot(raised, [0.965] * len(raised), **style, clip_on=False, zorder=3)
+        axes.set_title("▼ alarm", loc="right", color=RED)
 
 
 def draw_curve(axes: Axes, run: Run, title: str, key: str, colour: str, side: str = "left") -> None:
@@ -191,7 +206,23 @@ def sources_table(run: Run) -> str:
         tests = [_with_error(run.tested(source, i), run.tested(source, i, "accuracy_se")) for i in (0, -1)]
         gain = run.tested(source, -1) - run.tested(source, 0) if len(run.validations) > 1 else np.nan
         rows.append((source, weight, prompts, learnability, accuracy, *tests, _number(gain, "+.3f")))
+    unreadable = [run.smooth(f"curriculum/{source}/format_failure")[-1] for source in run.sources]
+    if np.isfinite(unreadable).any():
+        columns = (*columns, "format failures")
+        rows = [(*row, _number(share, ".3f")) for row, share in zip(rows, unreadable, strict=True)]
     return _table(columns, rows)
+
+
+def events_section(events: list[dict[str, Any]]) -> str:
+    """What was out of the ordinary, the latest first; nothing for a run without events."""
+    if not events:
+        return ""
+    latest, earlier = events[: -EVENTS_SHOWN - 1 : -1], events[:-EVENTS_SHOWN]
+    rows = [(str(e["step"]), e["kind"].replace("_", " "), e["source"] or "–", e["message"]) for e in latest]
+    counts = Counter(event["kind"].replace("_", " ") for event in earlier)
+    rest = ", ".join(f"{n} × {kind}" for kind, n in counts.most_common())
+    table = _table(("step", "kind", "source", "message"), rows, "events")
+    return f"<h2>Events</h2>{table}" + (f"<p>Earlier, in events.jsonl: {html.escape(rest)}.</p>" if rest else "")
 
 
 def final_table(run: Run) -> str:
@@ -223,6 +254,7 @@ def write_report(log_dir: str | Path) -> tuple[Path, Path]:
         summary=f"{len(run.steps)} steps ({run.steps[0]} to {run.steps[-1]}), {len(run.sources)} sources.",
         picture=base64.b64encode(png_path.read_bytes()).decode(),
         sources=sources_table(run),
+        events=events_section(run.events),
         final=final_table(run),
         samples=samples_section(html_path.with_name("samples.jsonl")),
     )
@@ -238,10 +270,10 @@ def _with_error(value: float, error: float) -> str:
     return _number(value, ".3f") + (f" ± {error:.3f}" if np.isfinite(error) else "")
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], style: str = "") -> str:
     lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in columns)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
+    return f'<table class="{style}">{"".join(lines)}</table>'
 
 
 if __name__ == "__main__":

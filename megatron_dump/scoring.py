@@ -28,31 +28,44 @@ class Scorer:
 def local_outcomes(
     step: int,
     completions: Sequence[Completion],
-    source_ids: np.ndarray,
+    prompts: Mapping[int, Prompt],
     scores: Sequence[Score],
-    advantages: np.ndarray,
+    sources: Sequence[str],
+    ages: Sequence[int] = (),
 ) -> Outcomes:
-    """This rank's rollouts as Outcomes, in the order given; source_ids int64 [N], one a completion."""
+    """This rank's rollouts as Outcomes, in the order given, their advantages still unknown (NaN).
+
+    prompts by group id; sources: sorted names; ages: training steps since each was generated, default 0.
+    """
+    place = {name: k for k, name in enumerate(sources)}
+    mine = [prompts[c.group_id] for c in completions]
+    rewards = np.array([s.reward for s in scores], np.float64)
     return Outcomes(
         step=step,
         group_ids=np.array([c.group_id for c in completions], np.int64),
-        source_ids=source_ids,
-        rewards=np.array([s.reward for s in scores], np.float64),
-        advantages=np.asarray(advantages, np.float64),
+        samples=np.array([c.sample for c in completions], np.int64),
+        prompt_ids=np.array([p.index for p in mine], np.int64),
+        source_ids=np.array([place[p.source] for p in mine], np.int64),
+        rewards=rewards,
+        advantages=np.full(len(rewards), np.nan),
         correct=np.array([s.correct for s in scores], bool),
         well_formed=np.array([s.well_formed for s in scores], bool),
         lengths=np.array([len(c.token_ids) for c in completions], np.int64),
         finished=np.array([c.finished for c in completions], bool),
+        kept=np.isfinite(rewards),
+        ages=np.array(ages or [0] * len(mine), np.int64),
     )
 
 
 def step_metrics(outcomes: Outcomes, sources: Sequence[str], max_length: int) -> dict[str, float]:
     """What a step's rollouts looked like; keys follow verl where it has one."""
-    lengths = outcomes.lengths
+    lengths, kept = outcomes.lengths, outcomes.kept
     metrics = {
-        "critic/score/mean": outcomes.rewards.mean(),
-        "critic/rewards/mean": outcomes.rewards.mean(),
-        "critic/advantages/mean": outcomes.advantages.mean(),
+        "critic/score/mean": _finite_mean(outcomes.rewards),
+        "critic/rewards/mean": _finite_mean(outcomes.rewards),
+        "critic/advantages/mean": _finite_mean(outcomes.advantages[kept]),
+        "train/n_rollouts": len(kept),
+        "train/n_kept": kept.sum(),
         "train/accuracy": outcomes.correct.mean(),
         "train/well_formed": outcomes.well_formed.mean(),
         "response_length/mean": lengths.mean(),
@@ -62,6 +75,12 @@ def step_metrics(outcomes: Outcomes, sources: Sequence[str], max_length: int) ->
     for k, source in enumerate(sources):
         of_source = outcomes.source_ids == k
         if of_source.any():
-            metrics[f"train/{source}/reward/mean"] = outcomes.rewards[of_source].mean()
+            metrics[f"train/{source}/reward/mean"] = _finite_mean(outcomes.rewards[of_source])
             metrics[f"train/{source}/accuracy"] = outcomes.correct[of_source].mean()
     return {k: float(v) for k, v in metrics.items()}
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    """NaN if no value is finite."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if values.size else float("nan")

@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from megatron_dump import evaluate, grpo
+from megatron_dump import evaluate, events
+from megatron_dump.batches import update_shares
+from megatron_dump.collect import Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig
 from megatron_dump.curriculum.curriculum import Curriculum
-from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together, gather_outcomes
+from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together, gather_completions
 from megatron_dump.monitor import Monitor
-from megatron_dump.rollout import Generator, Request
-from megatron_dump.scoring import Scorer, local_outcomes, step_metrics
-from megatron_dump.types import Completion, Draw, Outcomes, Prompt, TrainBatch
+from megatron_dump.rollout import Generator
+from megatron_dump.scoring import step_metrics
+from megatron_dump.types import Completion, Outcomes, TrainBatch
 
 
 class Actor(Protocol):
@@ -30,7 +30,8 @@ class Actor(Protocol):
     version: int
 
     def make_batch(self, prompts: Sequence[np.ndarray], completions: Sequence[Completion], advantages: np.ndarray,
-                   global_tokens: float) -> TrainBatch: ...  # fmt: skip
+                   global_tokens: float, weights: np.ndarray | None = None,
+                   n_rows: int | None = None) -> TrainBatch: ...  # fmt: skip
 
     def compute_logprobs(self, batch: TrainBatch, reference: bool = False) -> np.ndarray | None: ...
 
@@ -55,22 +56,22 @@ class GRPOTrainer:
 
     config: GRPOConfig
     settings: dict[str, Any]  # what must not change over a resume: config.lasting
-    groups_per_update: int  # prompts of one optimizer step, all ranks together
+    updates: int  # optimizer steps of a training step
     max_length: int  # tokens of a completion at most
+    loss_agg_mode: str
     use_reference: bool
     owns_curriculum: bool  # rank 0: draws and learns; the others hold a copy that only knows the sources
     actor: Actor
-    generator: Generator
-    validator: Generator  # samples from the policy whatever `generator` is
+    collector: Collector
+    validator: Generator  # samples from the policy whatever the collector's generator is
     dataset: PromptDataset
     validation: PromptDataset | None
-    scorer: Scorer
     curriculum: Curriculum
-    sampler: MegatronCurriculumBatchSampler
     replica: Replica
     checkpoints: Store
     monitor: Monitor
     step: int = 0  # steps done
+    alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
@@ -79,45 +80,31 @@ class GRPOTrainer:
         while self.step < self.config.max_steps:
             watch = Stopwatch()
             with watch("step"):
-                with watch("draw"):
-                    draw = self.sampler.next_draw()
-                    requests = self.requests(draw)
-                with watch("gen"):
-                    completions = self.generator.generate(draw.step, requests)
-                with watch("reward"), fail_together("reward", device=self.replica.device):
-                    scores = self.scorer.score(completions, {r.group_id: r.prompt for r in requests})
+                rollouts = self.collect(watch)
                 with watch("adv"):
-                    advantages = self.advantages(completions, [s.reward for s in scores])
-                    local = local_outcomes(
-                        draw.step, completions, draw.source_ids[[c.group_id for c in completions]], scores, advantages
-                    )
-                    outcomes = self.observe(local, completions)
-                metrics = self.train(watch, requests, completions, advantages, outcomes)
+                    self.observe(rollouts.outcomes)
+                metrics = self.train(watch, rollouts)
             self.step += 1
-            self.log(watch, metrics, outcomes, requests)
-            self.monitor.log_draw(self.step, draw)
-            self.monitor.log_samples(self.step, _samples(requests, completions, scores))
+            self.log(watch, metrics, rollouts)
             if _due(self.step, self.config.val_check_interval, self.config.max_steps):
                 self.validate()
             if _due(self.step, self.config.save_interval, self.config.max_steps):
                 self.save()
 
-    def requests(self, draw: Draw) -> list[Request]:
-        """This replica's share of the draw."""
-        return [
-            Request(int(i), self.dataset[int(draw.prompt_ids[i])], int(draw.rollouts[i]))
-            for i in self.sampler.share(draw)
-        ]
+    def collect(self, watch: Stopwatch) -> Rollouts:
+        """Draw a step's prompts, generate and score their rollouts, replace groups that the filter rejects."""
+        tokens = 0
+        while True:
+            with watch("draw"):
+                draw = self.collector.sampler.next_draw()
+            rollouts = self.collector.roll_out(watch, draw)
+            if draw.train:
+                return self.collector.refill(watch, dataclasses.replace(rollouts, tokens_before=tokens))
+            self.observe(rollouts.outcomes)  # pre-rollouts teach the curriculum alone
+            tokens += int(rollouts.outcomes.lengths.sum())
 
-    def advantages(self, completions: Sequence[Completion], rewards: Sequence[float]) -> np.ndarray:
-        """float64 [N]; groups never cross ranks, so each rank does its own."""
-        groups = torch.tensor([c.group_id for c in completions])
-        return grpo.group_advantages(torch.tensor(rewards, dtype=torch.float64), groups).numpy()
-
-    def observe(self, local: Outcomes, completions: Sequence[Completion]) -> Outcomes:
+    def observe(self, outcomes: Outcomes) -> None:
         """Teach rank 0's curriculum with all ranks' outcomes; every rank receives the new weights."""
-        samples = np.array([c.sample for c in completions], np.int64)
-        outcomes = gather_outcomes(local, samples, self.replica.group, self.replica.device)
         own = None
         with fail_together("curriculum.observe", device=self.replica.device):
             if self.owns_curriculum:
@@ -126,27 +113,10 @@ class GRPOTrainer:
         n_sources = len(self.curriculum.sources)
         weights = broadcast_array(own, (n_sources,), np.float64, device=self.replica.device)
         agree("curriculum weights", hashlib.sha256(weights.tobytes()).hexdigest(), device=self.replica.device)
-        return outcomes
 
-    def train(
-        self,
-        watch: Stopwatch,
-        requests: Sequence[Request],
-        completions: Sequence[Completion],
-        advantages: np.ndarray,
-        outcomes: Outcomes,
-    ) -> dict[str, float]:
-        """One optimizer step for each block of `groups_per_update` prompts; metrics are means over them (or maxima)."""
-        prompts = {r.group_id: r.prompt.token_ids for r in requests}
-        block_of = np.array([c.group_id // self.groups_per_update for c in completions])
-        batches = []
-        for block in range(int(outcomes.group_ids.max()) // self.groups_per_update + 1):
-            rows = np.flatnonzero(block_of == block)
-            tokens = outcomes.lengths[outcomes.group_ids // self.groups_per_update == block].sum()
-            mine = [completions[i] for i in rows.tolist()]
-            batches.append(
-                self.actor.make_batch([prompts[c.group_id] for c in mine], mine, advantages[rows], float(tokens))
-            )
+    def train(self, watch: Stopwatch, rollouts: Rollouts) -> dict[str, float]:
+        """The optimizer steps of a training step; metrics are means over them (or maxima). None of it: no metrics."""
+        batches = self.batches(rollouts)
         with watch("old_log_prob"):
             if len(batches) > 1:  # with a single update the old policy is the current one
                 for batch in batches:
@@ -157,33 +127,58 @@ class GRPOTrainer:
                     batch.ref_logprobs = self.actor.compute_logprobs(batch, reference=True)
         with watch("update_actor"):
             updates = [self.actor.train_step(batch) for batch in batches]
-        return {k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates])) for k in updates[0]}
+        keys = updates[0] if updates else ()
+        return {k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates])) for k in keys}
 
-    def log(self, watch: Stopwatch, metrics: dict[str, float], outcomes: Outcomes, requests: Sequence[Request]) -> None:
+    def batches(self, rollouts: Rollouts) -> list[TrainBatch]:
+        """This rank's share of every update."""
+        outcomes, replica = rollouts.outcomes, self.replica
+        completions = rollouts.completions
+        if len(rollouts.rejected):  # what is left is dealt out anew
+            completions = gather_completions(completions, replica.group, replica.device)
+        found = {(c.group_id, c.sample): c for c in completions}
+        batches = []
+        for share in update_shares(
+            outcomes, rollouts.rejected, self.updates, replica.size, replica.rank, self.loss_agg_mode
+        ):
+            keys = zip(outcomes.group_ids[share.rows].tolist(), outcomes.samples[share.rows].tolist(), strict=True)
+            prompts = [self.dataset[int(i)].token_ids for i in outcomes.prompt_ids[share.rows]]
+            mine = [found[key] for key in keys]
+            batches.append(self.actor.make_batch(
+                prompts, mine, share.advantages, share.global_tokens, share.weights, share.n_rows
+            ))  # fmt: skip
+        return batches
+
+    def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
         watch.seconds["sync"] = 0.0  # the generator shares the actor's weights
-        timing = {f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()}
-        prompt_tokens = sum(len(r.prompt.token_ids) * r.n for r in requests) * self.replica.size  # shares are alike
-        throughput = (outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]
+        outcomes, sources = rollouts.outcomes, self.curriculum.sources
+        prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
         self.monitor.log_step(self.step, {
-            **step_metrics(outcomes, self.curriculum.sources, self.max_length),
+            **step_metrics(outcomes, sources, self.max_length),
             **metrics,
             **(self.curriculum.metrics() if self.owns_curriculum else {}),
-            **timing,
-            "perf/throughput": float(throughput),
-            "perf/generated_tokens": float(outcomes.lengths.sum()),
+            **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
+            "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
+            "perf/generated_tokens": float(outcomes.lengths.sum() + rollouts.tokens_before),
         })  # fmt: skip
+        self.monitor.log_samples(self.step, sample_rows(rollouts))
+        asked = self.config.num_prompts_per_grpo_step * self.config.samples_per_prompt
+        self.monitor.log_events([
+            *events.dropped(self.step, outcomes, sources),
+            *events.short_batch(self.step, outcomes, sources, asked, rollouts.rejected, rollouts.refills),
+            *self.alarms.changes(self.step, self.curriculum.alarms() if self.owns_curriculum else {}),
+        ])  # fmt: skip
 
     def validate(self) -> None:
         if self.validation is not None:
             n = self.config.val_samples_per_prompt
-            result = evaluate.validate(self.validator, self.validation, self.scorer, n, self.replica)
+            result = evaluate.validate(self.validator, self.validation, self.collector.scorer, n, self.replica)
             self.monitor.log_validation(self.step, result.metrics, result.pass_rates)
 
     def save(self) -> None:
         """A checkpoint of everything that decides how the run goes on."""
         self.checkpoints.save(self.step, {
             "curriculum": self.curriculum.state_dict() if self.owns_curriculum else None,
-            "consumed_samples": self.sampler.consumed_samples,
             "settings": self.settings,
         })  # fmt: skip
 
@@ -200,15 +195,25 @@ class GRPOTrainer:
             )
         if latest is None:
             self.monitor.start_over()
+            if self.owns_curriculum:
+                self.curriculum.on_event = self.monitor.log_curriculum
+                self.monitor.log_curriculum({"step": 0, "event": "header", **self.curriculum.header()})
             return False
         state = self.checkpoints.state(latest)
+        may_change = self.config.curriculum.resume_changed == "allow"
         _refuse_changes(state["settings"], self.settings)
-        self.curriculum.load_state_dict(state["curriculum"])
+        notes = self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
         self.checkpoints.load(latest)
-        self.sampler.consumed_samples = state["consumed_samples"]
+        self.collector.sampler.consumed_samples = latest * self.config.num_prompts_per_grpo_step
         self.step = latest
         self.monitor.truncate_after(latest)
+        self.monitor.log_events(events.notices(latest, notes))
+        if self.owns_curriculum:
+            self.curriculum.on_event = self.monitor.log_curriculum
+            if notes:
+                changed = {"curriculum": self.curriculum.state_dict(), **self.curriculum.header()}
+                self.monitor.log_curriculum({"step": latest + 1, "event": "changed", **changed})
         return True
 
 
@@ -237,18 +242,3 @@ def _refuse_changes(saved: dict[str, Any], here: dict[str, Any]) -> None:
 def _due(step: int, interval: int, last: int) -> bool:
     """Every `interval` steps and at the end; never for 0."""
     return interval > 0 and (step % interval == 0 or step == last)
-
-
-def _samples(
-    requests: Sequence[Request], completions: Sequence[Completion], scores: Sequence[Any]
-) -> list[dict[str, Any]]:
-    """The first completion of the first group of each source in this share."""
-    prompts: dict[int, Prompt] = {r.group_id: r.prompt for r in requests}
-    first: dict[str, dict[str, Any]] = {}
-    for completion, score in zip(completions, scores, strict=True):
-        prompt = prompts[completion.group_id]
-        first.setdefault(prompt.source, {
-            "source": prompt.source, "prompt": prompt.text, "completion": completion.text,
-            "reward": score.reward, "correct": score.correct, "reason": score.reason,
-        })  # fmt: skip
-    return list(first.values())

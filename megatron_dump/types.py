@@ -6,6 +6,7 @@ Suffixes in shapes: P prompts of a step, G rollouts of a group, N rollouts of a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -23,13 +24,24 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What one step trains on; the same on every rank. Positions 0..P-1 are the step's group ids."""
+    """One round of prompts of a step; the same on every rank.
+
+    A step has one training round; pre-rollouts may come before it and refills of rejected groups after it. Group ids
+    number the step's prompts over all its rounds: this round's are first_group .. first_group + P - 1.
+    """
 
     step: int
     prompt_ids: np.ndarray  # int64 [P], rows of the data set
     source_ids: np.ndarray  # int64 [P], indices into the sorted source names
     rollouts: np.ndarray  # int64 [P], group size of each prompt
     weights: np.ndarray  # float64 [K], the source distribution this draw was made from; sums to 1
+    first_group: int = 0
+    train: bool = True  # False: pre-rollouts, which teach the curriculum alone
+
+    @property
+    def group_ids(self) -> np.ndarray:
+        """int64 [P]."""
+        return self.first_group + np.arange(len(self.prompt_ids), dtype=np.int64)
 
 
 @dataclasses.dataclass
@@ -53,21 +65,29 @@ class Score:
     correct: bool  # the answer is right
     well_formed: bool  # the answer could be read at all: tells "hard" from "broken verifier or format"
     reason: str = ""  # one word or sentence, for reports
+    components: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)  # what the reward is made of
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """What a step's rollouts earned, in global order (sorted by group_ids, then sample): the curriculum's feedback."""
+    """What rollouts of one step earned, in global order (by group id, then sample): the curriculum's feedback.
 
-    step: int
-    group_ids: np.ndarray  # int64 [N], positions in the Draw
+    Whole groups, but not necessarily all of the step's: with asynchronous generation the others may come later.
+    """
+
+    step: int  # of the draw that asked for them
+    group_ids: np.ndarray  # int64 [N], as in the step's Draws
+    samples: np.ndarray  # int64 [N], 0..G-1 inside the group
+    prompt_ids: np.ndarray  # int64 [N], rows of the data set
     source_ids: np.ndarray  # int64 [N]
-    rewards: np.ndarray  # float64 [N]
-    advantages: np.ndarray  # float64 [N], as trained on
+    rewards: np.ndarray  # float64 [N]; NaN or infinite: the rollout could not be judged, nothing learns from it
+    advantages: np.ndarray  # float64 [N]; NaN where the reward is not finite
     correct: np.ndarray  # bool [N]
     well_formed: np.ndarray  # bool [N]
     lengths: np.ndarray  # int64 [N], completion tokens
     finished: np.ndarray  # bool [N]
+    kept: np.ndarray  # bool [N], trained on: neither rejected by the filter nor without a finite reward
+    ages: np.ndarray  # int64 [N], training steps between the generating weights and those of now; 0 when synchronous
 
 
 @dataclasses.dataclass
@@ -75,7 +95,7 @@ class TrainBatch:
     """One rank's rollouts of one optimizer step, right-padded to a common length.
 
     Row order is the rank's share of the global mini-batch; the loss is normalised by `global_tokens`, so it does not
-    depend on how rows were split over ranks or micro-batches.
+    depend on how rows were split over ranks or micro-batches. Rows whose mask is 0 everywhere fill the batch up.
     """
 
     tokens: np.ndarray  # int64 [N, T], prompt then completion
@@ -87,3 +107,4 @@ class TrainBatch:
         None  # float32 [N, T], policy before the step's first update; None: the current one
     )
     ref_logprobs: np.ndarray | None = None  # float32 [N, T], reference policy; None: no KL term
+    weights: np.ndarray | None = None  # float32 [N], what a row's tokens count in the loss; None: 1 each

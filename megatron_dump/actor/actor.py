@@ -68,9 +68,16 @@ class MegatronGPTGRPOActor:
         completions: Sequence[Completion],
         advantages: np.ndarray,
         global_tokens: float,
+        weights: np.ndarray | None = None,
+        n_rows: int | None = None,
     ) -> TrainBatch:
-        """Rollouts as this actor wants them: prompts[i] and completions[i] make row i."""
-        return pad_rollouts(prompts, completions, advantages, global_tokens)
+        """Rollouts as this actor wants them: prompts[i] and completions[i] make row i.
+
+        The batch is filled up to at least `n_rows` rows, and to whole micro-batches.
+        """
+        unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size)
+        rows = -(-max(len(completions), n_rows or 1) // unit) * unit
+        return pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows)
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on this rank's share of a global mini-batch; metrics equal on all ranks.
@@ -91,7 +98,7 @@ class MegatronGPTGRPOActor:
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, sums = grpo.policy_loss(
                 logprobs, old, micro.advantages, micro.mask, batch.global_tokens, *self.ratio_eps,
-                ref_logprobs=micro.ref_logprobs, kl_penalty=self.kl_penalty,
+                ref_logprobs=micro.ref_logprobs, kl_penalty=self.kl_penalty, weights=micro.weights,
             )  # fmt: skip
             difference = (old - micro.rollout_logprobs).abs() * micro.mask  # generator against trainer, same weights
             sums["actor/entropy"] = (entropy * micro.mask).sum()

@@ -25,22 +25,41 @@ class MicroBatch:
     rollout_logprobs: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    weights: Tensor | None
 
 
 def pad_rollouts(
-    prompts: Sequence[np.ndarray], completions: Sequence[Completion], advantages: np.ndarray, global_tokens: float
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[Completion],
+    advantages: np.ndarray,
+    global_tokens: float,
+    weights: np.ndarray | None = None,
+    n_rows: int | None = None,
 ) -> TrainBatch:
-    """A TrainBatch of N rollouts: row i is prompts[i] followed by completions[i], zeros behind (never attended to)."""
+    """A TrainBatch: row i is prompts[i] followed by completions[i], zeros behind (never attended to).
+
+    Rows of weight 0, and those that fill the batch up to `n_rows`, have an empty mask: they count nowhere.
+    """
+    n = len(completions) if n_rows is None else n_rows
     lengths = [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)]
-    shape = (len(lengths), _round_up(max(lengths)))
+    shape = (n, _round_up(max(lengths, default=1)))
     tokens, mask, logprobs = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    counts = np.ones(len(completions), bool) if weights is None else weights != 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start, end = len(prompt), lengths[i]
         tokens[i, :start] = prompt
         tokens[i, start:end] = completion.token_ids
-        mask[i, start:end] = 1.0
-        logprobs[i, start:end] = completion.logprobs
-    return TrainBatch(tokens, mask, advantages.astype(np.float32), logprobs, global_tokens)
+        mask[i, start:end] = counts[i]
+        logprobs[i, start:end] = completion.logprobs * counts[i]
+    batch = TrainBatch(tokens, mask, _filled(advantages * counts, n), logprobs, global_tokens)
+    if weights is not None:
+        batch.weights = _filled(weights, n)
+    return batch
+
+
+def _filled(values: np.ndarray, n: int) -> np.ndarray:
+    """float32 [n]: zeros behind."""
+    return np.pad(values, (0, n - len(values))).astype(np.float32)
 
 
 def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[MicroBatch]:
@@ -51,7 +70,8 @@ def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[Mi
     n, width = batch.tokens.shape
     if n % size:
         raise ValueError(f"micro-batch size {size} does not divide the {n} rollouts of this rank")
-    used = width - np.argmax(batch.loss_mask[:, ::-1] > 0, axis=1)  # the completion ends a row
+    sampled = batch.loss_mask[:, ::-1] > 0  # the completion ends a row; a row without one needs no length
+    used = np.where(sampled.any(axis=1), width - np.argmax(sampled, axis=1), 1)
     order = np.argsort(used, kind="stable")
 
     def cut(rows: np.ndarray) -> MicroBatch:
@@ -68,6 +88,7 @@ def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[Mi
             rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[rows, :length]).to(device),
             old_logprobs=take(batch.old_logprobs),
             ref_logprobs=take(batch.ref_logprobs),
+            weights=None if batch.weights is None else torch.from_numpy(batch.weights[rows]).to(device),
         )
 
     return [cut(order[i : i + size]) for i in range(0, n, size)]

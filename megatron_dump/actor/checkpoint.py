@@ -80,6 +80,9 @@ class Checkpoints:
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
         model = self.actor.module.sharded_state_dict()
+        if not is_loading and self.actor.version == 0:  # Adam's moments appear with the first update
+            for part in getattr(self.actor.optimizer, "chained_optimizers", [self.actor.optimizer]):
+                part.init_state_fn(part.optimizer, part.config)
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
         return {"model": model, "optimizer": optimizer}
 

@@ -1,22 +1,31 @@
-"""The curriculum: sources x prompts x budget behind draw, observe, state_dict and metrics."""
+"""The curriculum: sources x prompts x budget behind draw, refill, observe, state_dict and metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_dump.curriculum.budget import BUDGETS, make_budget
+from megatron_dump.curriculum import metrics as step_metrics
+from megatron_dump.curriculum import resume
+from megatron_dump.curriculum import state as states
+from megatron_dump.curriculum.blocks import describe_blocks
+from megatron_dump.curriculum.budget import make_budget
+from megatron_dump.curriculum.codec import draw_to_json, floats_to_json, outcomes_to_json
 from megatron_dump.curriculum.estimators import PassRateEstimator
+from megatron_dump.curriculum.filters import make_filter
+from megatron_dump.curriculum.guards import Alarm, Audit
+from megatron_dump.curriculum.ledger import Ledger
+from megatron_dump.curriculum.pass_rates import PromptPassRates
 from megatron_dump.curriculum.prompts import PROMPT_POLICIES, make_prompt_policy
-from megatron_dump.curriculum.registry import ROOT, describe
-from megatron_dump.curriculum.sources import SOURCE_POLICIES, make_source_policy
+from megatron_dump.curriculum.rows import SourceRows
+from megatron_dump.curriculum.sources import SourceSetting, make_source_policy
 from megatron_dump.types import Draw, Outcomes
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Curriculum:
@@ -24,7 +33,10 @@ class Curriculum:
 
     One process owns it (rank 0) and the draws are broadcast. A draw is a function of (seed, step, outcomes observed):
     there is no generator state, and nothing depends on how many ranks train. Only `observe` teaches it, and only with
-    the outcomes of the draw that is out: validation has no way in.
+    the outcomes of draws that are out: validation has no way in.
+
+    Asynchronous generation: up to `max_staleness` steps may be drawn ahead of the oldest whose outcomes are missing,
+    and outcomes come in any order, group by group. What is out is part of the state.
     """
 
     def __init__(
@@ -35,38 +47,44 @@ class Curriculum:
         seed: int,
         config: Mapping[str, Any],
         fingerprint: str,
+        *,
+        max_steps: int | None = None,
+        max_staleness: int = 0,
     ):
         """source_names_of_rows: the source of every row of the data set; fingerprint: identifies its contents;
-        config: `trainer.grpo.curriculum`, with the blocks sources, prompts and budget, each with a `name`.
+        config: `trainer.grpo.curriculum`, with the blocks sources, prompts and budget, each with a `name`, and
+        optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are.
 
         Raises ValueError for an empty data set, counts below 1, and unknown names or options.
         """
-        _require_positive("num_prompts_per_grpo_step", prompts_per_step)
-        _require_positive("samples_per_prompt", samples_per_prompt)
+        _require("num_prompts_per_grpo_step", prompts_per_step, 1)
+        _require("samples_per_prompt", samples_per_prompt, 1)
+        _require("max_staleness", max_staleness, 0)
         if len(source_names_of_rows) == 0:
             raise ValueError("the data set has no rows: there is nothing to draw from")
-        self.sources: list[str] = sorted(set(source_names_of_rows))  # sorted: a set's order depends on the hash seed
-        self.prompts_per_step, self.seed, self.n_rows = prompts_per_step, seed, len(source_names_of_rows)
-        blocks = {section: _block(config, section) for section in ("sources", "prompts", "budget")}
-        names = np.asarray(source_names_of_rows)
-        rows = [np.flatnonzero(names == source) for source in self.sources]
-        self._source_policy = make_source_policy(blocks["sources"], [len(r) for r in rows])
-        self._prompt_policy = make_prompt_policy(blocks["prompts"], self.sources, rows, seed)
-        self._budget = make_budget(blocks["budget"], samples_per_prompt)
-        self._pass_rate = PassRateEstimator(len(self.sources))
-        self._identity = {
-            "version": STATE_VERSION,
-            "sources": self.sources,
-            "fingerprint": fingerprint,
-            "seed": seed,
-            "prompts_per_step": prompts_per_step,
-            "source_policy": describe("sources", SOURCE_POLICIES, blocks["sources"]),
-            "prompt_policy": describe("prompts", PROMPT_POLICIES, blocks["prompts"]),
-            "budget": describe("budget", BUDGETS, blocks["budget"]),
-        }
-        self.step = 0  # the next step to draw
-        self._out: Draw | None = None  # drawn, its outcomes not yet observed
-        self._last: dict[str, float] = {}  # metrics of the last observed step
+        self._rows = SourceRows(source_names_of_rows)
+        self.sources: list[str] = self._rows.names
+        self.prompts_per_step, self.samples_per_prompt, self.seed = prompts_per_step, samples_per_prompt, seed
+        self.n_rows, self.max_steps, self.max_staleness = len(source_names_of_rows), max_steps, max_staleness
+        self._config = describe_blocks(config, max_steps)
+        n_sources = len(self.sources)
+        setting = SourceSetting(tuple(self.sources), tuple(self._rows.sizes.tolist()), max_steps)
+        self._source_policy = make_source_policy(self._config["sources"], setting)
+        self._budget = make_budget(self._config["budget"], samples_per_prompt)
+        prompt_policy = PROMPT_POLICIES[self._config["prompts"]["name"]]
+        needs_pass_rates = prompt_policy.uses_pass_rates or self._budget.uses_pass_rates
+        pass_rates = PromptPassRates(self._rows, **self._config["pass_rates"])  # also where unused: checks its options
+        self._pass_rates = pass_rates if needs_pass_rates else None
+        self._prompt_policy = make_prompt_policy(self._config["prompts"], self._rows, seed, self._pass_rates)
+        self.filter = make_filter(self._config["filter"])
+        self._audit = Audit(n_sources, prompts_per_step, **self._config["audit"])
+        self._alarm = Alarm(n_sources, **self._config["alarm"])
+        self._source_pass_rate = PassRateEstimator(n_sources)
+        self._fingerprint = fingerprint
+        self.step = 0  # the next step whose training round is to be drawn
+        self._open: dict[int, Ledger] = {}  # steps whose outcomes have not all come
+        self._last: Ledger | None = None  # the step completed last
+        self.on_event: Callable[[dict[str, Any]], None] | None = None  # told of every draw and outcome, for the log
 
     @property
     def weights(self) -> np.ndarray:
@@ -74,105 +92,195 @@ class Curriculum:
         return self._source_policy.weights(self.step)
 
     def draw(self, step: int) -> Draw:
-        """The prompts of `step`; RuntimeError out of order, or before the outcomes of the step before were observed."""
-        if self._out is not None:
-            raise RuntimeError(
-                f"draw({step}) before the outcomes of step {self._out.step} were observed: its weights would be stale"
-            )
+        """The next round of `step`: its pre-rollouts, if the prompt policy wants any, then what it trains on.
+
+        A round of pre-rollouts has `train=False`, and must be observed before the next round is drawn. RuntimeError
+        out of order, or when more than `max_staleness` steps would be waiting for their outcomes.
+        """
         if step != self.step:
             raise RuntimeError(f"draw({step}) out of order: the next step of this curriculum is {self.step}")
+        waiting = [s for s, ledger in self._open.items() if s != step or not ledger.observed.all()]
+        if len(waiting) > self.max_staleness:
+            raise RuntimeError(
+                f"draw({step}) before the outcomes of step {min(waiting)} were observed: its weights would be stale"
+            )
+        ledger = self._open.setdefault(step, Ledger(step))
+        pre = self._prompt_policy.pre_rollouts(step)
+        if pre is not None and ledger.n_groups < len(pre[0]):
+            return self._draw_pre_rollouts(ledger, *pre)
+        if pre is not None:
+            self._prompt_policy.prepared(step)
         weights = self.weights
-        consumed = step * self.prompts_per_step
-        source_ids = self._source_policy.slots(step, consumed, self.prompts_per_step, self.seed)
-        prompt_ids = self._prompt_policy.draw(source_ids)
-        self._out = Draw(step, prompt_ids, source_ids, self._budget.allot(prompt_ids), weights)
+        slots = self._source_policy.slots(step, step * self.prompts_per_step, self.prompts_per_step, self.seed)
+        slots = self._audit.apply(step, slots, self.seed)
+        total = self.prompts_per_step * self.samples_per_prompt
         self.step = step + 1
-        return self._out
+        return self._draw(ledger, slots, total, weights, None)
+
+    def refill(self, step: int, rejected: np.ndarray) -> Draw | None:
+        """Fresh prompts for the groups `rejected` (ids) of a step that is out: same sources, same rollouts in all.
+
+        None when the filter's `max_refills` rounds are spent or the sources have no other prompts.
+        """
+        ledger = self._open.get(step)
+        if ledger is None or not ledger.training:
+            raise RuntimeError(f"refill of step {step}, but no training round of it is out")
+        if ledger.refills >= self.filter.max_refills or not len(rejected):
+            return None
+        slots = ledger.source_ids[rejected]
+        used = np.bincount(self._rows.of_row[np.unique(ledger.trained_on)], minlength=len(self.sources))
+        fresh = _rank_within(slots) < (self._rows.sizes - used)[slots]
+        if not fresh.any():
+            return None
+        ledger.refills += 1
+        total = int(ledger.rollouts[rejected[fresh]].sum())
+        return self._draw(ledger, slots[fresh], total, ledger.training[0].weights, rejected)
 
     def observe(self, outcomes: Outcomes) -> None:
-        """Learn from the rollouts of the draw that is out; every rollout, those of filtered groups too.
+        """Learn from whole groups of draws that are out: every rollout, those of rejected groups too.
 
         Raises RuntimeError for another step's outcomes (or none being out), ValueError if they do not fit the draw.
         """
-        if self._out is None or outcomes.step != self._out.step:
-            expected = "no draw is out" if self._out is None else f"the draw that is out is of step {self._out.step}"
+        ledger = self._open.get(outcomes.step)
+        if ledger is None:
+            out = sorted(self._open)
+            expected = f"the draw that is out is of step {', '.join(map(str, out))}" if out else "no draw is out"
             raise RuntimeError(f"observe got outcomes of step {outcomes.step}, but {expected}")
-        groups = outcomes.group_ids
-        if groups.size and (groups.min() < 0 or groups.max() >= self.prompts_per_step):
-            raise ValueError(f"group_ids of step {outcomes.step} are not all in 0..{self.prompts_per_step - 1}")
-        if not np.array_equal(outcomes.source_ids, self._out.source_ids[groups]):
-            raise ValueError(f"source_ids of the outcomes of step {outcomes.step} are not those of its draw")
+        ledger.check_and_mark(outcomes)
+        finite = np.isfinite(outcomes.rewards)
         self._source_policy.observe(outcomes)
-        self._pass_rate.observe(outcomes.source_ids, outcomes.correct)
-        self._last = self._step_metrics(self._out, outcomes)
-        self._out = None
+        self._source_pass_rate.observe(outcomes.source_ids, outcomes.correct, finite, outcomes.step)
+        if self._pass_rates is not None:
+            self._pass_rates.observe(outcomes)
+        self._alarm.observe(outcomes)
+        if self.on_event:
+            event = {"step": outcomes.step + 1, "event": "observe", "outcomes": outcomes_to_json(outcomes)}
+            self.on_event(event)
+        if ledger.is_complete:
+            self._last = self._open.pop(outcomes.step)
 
-    def _step_metrics(self, draw: Draw, outcomes: Outcomes) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for k, source in enumerate(self.sources):
-            groups = [outcomes.rewards[outcomes.group_ids == g] for g in np.flatnonzero(draw.source_ids == k)]
-            groups = [rewards for rewards in groups if rewards.size]
-            metrics[f"curriculum/{source}/weight"] = float(draw.weights[k])
-            metrics[f"curriculum/{source}/n_prompts"] = float(np.sum(draw.source_ids == k))
-            metrics[f"curriculum/{source}/quota"] = float(draw.rollouts[draw.source_ids == k].sum())
-            metrics[f"curriculum/{source}/n_rollouts"] = float(np.sum(outcomes.source_ids == k))
-            if groups:  # no value where nothing was drawn; a group with a NaN reward is not a constant one
-                constant = [bool(np.all(rewards == rewards[0])) for rewards in groups]
-                metrics[f"curriculum/{source}/frac_zero_std"] = float(np.mean(constant))
-        return metrics
+    def _draw_pre_rollouts(self, ledger: Ledger, rows: np.ndarray, n: int) -> Draw:
+        first = ledger.n_groups
+        chunk = rows[first : first + self.prompts_per_step]
+        sources = self._rows.of_row[chunk].astype(np.int64)
+        rollouts = np.full(len(chunk), n, np.int64)
+        return self._hand_out(ledger, Draw(ledger.step, chunk, sources, rollouts, self.weights, first, False), None)
+
+    def _draw(
+        self, ledger: Ledger, slots: np.ndarray, total: int, weights: np.ndarray, rejected: np.ndarray | None
+    ) -> Draw:
+        first = ledger.n_groups
+        prompt_ids = self._prompt_policy.draw(ledger.step, first, slots, ledger.trained_on)
+        rates = self._pass_rates.mean(prompt_ids) if self._pass_rates and self._budget.uses_pass_rates else None
+        draw = Draw(ledger.step, prompt_ids, slots, self._budget.allot(rates, total), weights, first)
+        return self._hand_out(ledger, draw, rejected)
+
+    def _hand_out(self, ledger: Ledger, draw: Draw, rejected: np.ndarray | None) -> Draw:
+        if self.on_event:
+            scores = {name: floats_to_json(values) for name, values in self._source_policy.metrics().items()}
+            self.on_event({
+                "step": draw.step + 1, "event": "draw", "rejected": None if rejected is None else rejected.tolist(),
+                "draw": draw_to_json(draw), "scores": scores,
+            })  # fmt: skip
+        ledger.add(draw)
+        self._source_policy.drawn(draw.source_ids, draw.rollouts)
+        return draw
+
+    def outstanding(self) -> list[Draw]:
+        """Rounds some of whose groups have not been observed, oldest first: what a resumed run must generate again."""
+        return [
+            draw
+            for _, ledger in sorted(self._open.items())
+            for draw in ledger.draws
+            if not ledger.observed[draw.group_ids].all()
+        ]
+
+    def alarms(self) -> dict[str, str]:
+        """Source -> what is wrong: no right answer, and answers that cannot be read (guards.Alarm)."""
+        return {self.sources[k]: self._alarm.message(k) for k in np.flatnonzero(self._alarm.raised())}
 
     def metrics(self) -> dict[str, float]:
-        """`curriculum/<source>/<name>`, for the log of the step observed last.
+        """`curriculum/<source>/<name>`, for the log of the step completed last.
 
-        weight                             of that step: the one its draw was made WITH
-        n_prompts, quota, n_rollouts       of that step: prompts drawn, rollouts allotted, rollouts observed
-        frac_zero_std                      of that step: share of groups whose rewards are all alike
+        weight                        of that step: the one its draw was made WITH
+        n_prompts, quota              of that step: prompts drawn and rollouts allotted, refills included
+        n_refilled, n_pre_rollouts    of that step: prompts that replaced rejected ones; rollouts not trained on
+        n_rollouts, n_kept, n_dropped of that step: rollouts observed, trained on, and without a finite reward
+        frac_zero_std                 of that step: share of groups whose rewards are all alike
+        format_failure                of that step: share of rollouts that could not be read
+        alarm                         1 where guards.Alarm is raised
         pass_rate                                     posterior mean after it
-        ucb, mean_abs_adv, bonus, n_dropped           after it, of policies that have them: what makes the next weights
+        ucb, mean_abs_adv, bonus, ...                 after it, of policies that have them: what makes the next weights
         """
-        metrics = dict(self._last)
-        per_source = {"pass_rate": self._pass_rate.mean(), **self._source_policy.metrics()}
-        for name, values in per_source.items():
-            metrics.update({f"curriculum/{s}/{name}": float(v) for s, v in zip(self.sources, values, strict=True)})
-        return metrics
+        arrays = {} if self._last is None else step_metrics.step_arrays(self._last, len(self.sources))
+        after = {"pass_rate": self._source_pass_rate.mean(), "alarm": self._alarm.raised().astype(np.float64)}
+        return step_metrics.flatten({**self._source_policy.metrics(), **after, **arrays}, self.sources)
+
+    def header(self) -> dict[str, Any]:
+        """All that a replay needs besides the draws and outcomes; JSON-able."""
+        changes = np.flatnonzero(np.diff(self._rows.of_row, prepend=-1))
+        lengths = np.diff(changes, append=self.n_rows)
+        runs = np.stack([self._rows.of_row[changes], lengths], axis=1).tolist()
+        return {**self._identity(), "rows": runs, "max_steps": self.max_steps, "max_staleness": self.max_staleness}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION, "sources": self.sources, "fingerprint": self._fingerprint, "seed": self.seed,
+            "prompts_per_step": self.prompts_per_step, "samples_per_prompt": self.samples_per_prompt,
+            "config": self._config,
+        }  # fmt: skip
+
+    def _parts(self) -> dict[str, Any]:
+        """Name -> what has a state of arrays."""
+        parts = {
+            "source_policy": self._source_policy, "source_pass_rate": self._source_pass_rate, "audit": self._audit,
+            "alarm": self._alarm, "prompt_policy": self._prompt_policy,
+        }  # fmt: skip
+        return parts if self._pass_rates is None else {**parts, "pass_rates": self._pass_rates}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; every float survives JSON exactly. RuntimeError between a draw and its outcomes."""
-        if self._out is not None:
-            raise RuntimeError(f"state_dict between draw and observe of step {self._out.step} would lose its outcomes")
+        """JSON-serialisable; every float survives JSON exactly."""
         return {
-            **self._identity,
+            **self._identity(),
             "step": self.step,
-            "source_state": self._source_policy.state_dict(),
-            "prompt_state": self._prompt_policy.state_dict(),
-            "pass_rate_state": self._pass_rate.state_dict(),
+            "parts": {name: states.pack(part.state_dict()) for name, part in self._parts().items()},
+            "open": [ledger.state_dict() for _, ledger in sorted(self._open.items())],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a run. ValueError if it would differ from the saved one: other sources, data, seed or policies."""
-        for key, here in self._identity.items():
-            if state.get(key) != here:
-                raise ValueError(
-                    f"curriculum {key} differs: the checkpoint has {state.get(key)!r}, this run {here!r}; set it "
-                    "back, or choose another exp_manager.explicit_log_dir"
-                )
-        self.step, self._out, self._last = int(state["step"]), None, {}
-        self._source_policy.load_state_dict(state["source_state"])
-        self._prompt_policy.load_state_dict(state["prompt_state"])
-        self._pass_rate.load_state_dict(state["pass_rate_state"])
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
+        """Continue a run. ValueError if it would differ from the saved one: other sources, data, seed or policies.
+
+        With `allow_changes` what still fits is kept, sources matched by name; returns what was reset, a line each.
+        """
+        here = self._identity()
+        differences = resume.differences(state, here)
+        if differences and not (allow_changes and state.get("version") == STATE_VERSION):
+            raise ValueError(resume.refusal(differences[0]))
+        if differences:
+            notes = resume.carry_over(state, here, self._parts(), differences)
+            self._open = {}  # what was out was drawn for the run as it was
+        else:
+            notes = []
+            for name, part in self._parts().items():
+                part.load_state_dict(states.unpack(state["parts"][name]))
+            self._open = {int(entry["step"]): Ledger.from_state(entry) for entry in state["open"]}
+        self.step, self._last = int(state["step"]), None
+        return notes
 
     def digest(self) -> str:
         """SHA-256 (hex) of the state: equal digests mean equal draws from here on."""
         return hashlib.sha256(json.dumps(self.state_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def _block(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    block = config.get(section)
-    if not isinstance(block, Mapping) or "name" not in block:
-        raise ValueError(f"{ROOT}.{section}: {block!r} must be a block with a name, as in {{name: ...}}")
-    return block
+def _rank_within(source_ids: np.ndarray) -> np.ndarray:
+    """int64 [P]: how many earlier slots have the same source."""
+    order = np.argsort(source_ids, kind="stable")
+    ordered = source_ids[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return rank
 
 
-def _require_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"trainer.grpo.{key}: {value!r} must be at least 1")
+def _require(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"trainer.grpo.{key}: {value!r} must be at least {least}")

@@ -1,91 +1,93 @@
-"""Which prompts inside the chosen source."""
+"""Which prompts inside the chosen source: the protocol, the policies by name, and the one that needs no learning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_dump.curriculum import streams
+from megatron_dump.curriculum.cures import Cures
+from megatron_dump.curriculum.pass_rates import PromptPassRates
+from megatron_dump.curriculum.passes import Passes
 from megatron_dump.curriculum.registry import resolve
+from megatron_dump.curriculum.rows import SourceRows
+from megatron_dump.curriculum.thompson import Thompson
 
 
 class PromptPolicy(Protocol):
-    """Turns the sources of a step's slots into rows."""
+    """Turns the sources of a round's slots into rows of the data set. P slots.
 
-    def draw(self, source_ids: np.ndarray) -> np.ndarray:
-        """int64 [P] sources of the slots -> int64 [P] rows of the data set. Advances the state."""
+    Made as Policy(rows, seed, pass_rates, **options). A draw is a function of the seed, of what was drawn and of what
+    was observed; which rows of a source are drawn does not depend on the other sources.
+    """
+
+    uses_pass_rates: bool  # of the class: whether it must be given pass rates, which the caller keeps up to date
+
+    def draw(self, step: int, first_group: int, source_ids: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+        """int64 [P] sources of the slots -> int64 [P] rows. Advances the state.
+
+        exclude: int64, the rows that earlier rounds of this step drew to be trained on (not its pre-rollouts). They do
+        not come again unless the source has no others left.
+        """
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
+        """Rows (int64) to be rolled out n times each before the training round of `step`, and n; None: none (any more).
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+        The first call for a set of pre-rollouts may forget what was known of prompts; further calls, also after a
+        resume, return the same until `prepared` is called.
+        """
+        ...
+
+    def prepared(self, step: int) -> None:
+        """The outcomes of `pre_rollouts(step)` have been observed; `draw` comes next."""
+        ...
+
+    def state_dict(self) -> dict[str, np.ndarray]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` (or the lists it becomes in JSON), alike to the last bit."""
+        ...
 
 
 class Epoch:
-    """Without replacement inside each source: one permutation per (seed, source name, epoch).
+    """Every row of a source once per epoch, in an order of its own (passes.Passes), whatever was learned."""
 
-    No source's permutation depends on the others. Within a step no row comes twice unless the source has fewer rows
-    than slots: where a step runs over the end of an epoch, the new epoch's permutation puts off the rows that the step
-    has already used.
-    """
+    uses_pass_rates = False
 
-    def __init__(self, names: Sequence[str], rows: Sequence[np.ndarray], seed: int):
-        """names [K], rows [K] x int64 [rows of the source], in the data set's order."""
-        self._rows = dict(zip(names, rows, strict=True))
-        self._seed = seed
-        self._consumed = dict.fromkeys(names, 0)  # rows ever drawn from the source
-        # (ahead, used) of the current epoch, if it began in mid-step: that step had drawn the rows `used` (local
-        # indices) before, so the epoch opens with `ahead` other rows.
-        self._border: dict[str, tuple[int, list[int]]] = {}
+    def __init__(self, rows: SourceRows, seed: int, pass_rates: PromptPassRates | None = None):
+        self._passes = Passes(rows, seed)
+        self._step = -1  # of the latest draw
 
-    def draw(self, source_ids: np.ndarray) -> np.ndarray:
-        prompt_ids = np.empty(len(source_ids), np.int64)
-        for source, (name, rows) in enumerate(self._rows.items()):
-            mine = np.flatnonzero(source_ids == source)
-            if mine.size:
-                prompt_ids[mine] = rows[self._take(name, mine.size)]
-        return prompt_ids
+    def draw(self, step: int, first_group: int, source_ids: np.ndarray, exclude: np.ndarray) -> np.ndarray:
+        """As PromptPolicy.draw. `exclude` tells it nothing new: it keeps count of the step itself."""
+        continued, self._step = step == self._step, step
+        return self._passes.take(source_ids, continued)
 
-    def _take(self, name: str, n: int) -> np.ndarray:
-        """int64 [n]: the next local indices of one source."""
-        size = len(self._rows[name])
-        taken = np.empty(0, np.int64)
-        while (missing := n - taken.size) > 0:
-            epoch, position = divmod(self._consumed[name], size)
-            if position == 0:
-                used = taken[taken.size // size * size :]  # of the pass over the source this step is in
-                self._border[name] = (min(missing, size - used.size), used.tolist())
-            new = self._order(name, epoch)[position : position + missing]
-            self._consumed[name] += new.size
-            taken = np.concatenate([taken, new])
-        return taken
+    def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
+        return None
 
-    def _order(self, name: str, epoch: int) -> np.ndarray:
-        """int64 [rows of the source]: the epoch's permutation, with the rows of its border step put off."""
-        order = streams.permutation(len(self._rows[name]), self._seed, "prompts", name, epoch)
-        ahead, used = self._border.get(name, (0, []))
-        if not used:
-            return order
-        first = order[~np.isin(order, used)][:ahead]
-        return np.concatenate([first, order[~np.isin(order, first)]])
+    def prepared(self, step: int) -> None:
+        pass
 
-    def state_dict(self) -> dict[str, Any]:
-        border = {name: [ahead, used] for name, (ahead, used) in self._border.items() if used}
-        return {"consumed": dict(self._consumed), "border": border}
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"step": np.array([self._step]), **self._passes.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._consumed = {name: int(state["consumed"][name]) for name in self._rows}
-        self._border = {name: (ahead, used) for name, (ahead, used) in state["border"].items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = int(state["step"][0])
+        self._passes.load_state_dict(state)
 
 
-PROMPT_POLICIES: dict[str, type] = {"epoch": Epoch}
+PROMPT_POLICIES: dict[str, type] = {"epoch": Epoch, "cures": Cures, "thompson": Thompson}
 
 
 def make_prompt_policy(
-    config: Mapping[str, Any], names: Sequence[str], rows: Sequence[np.ndarray], seed: int
+    config: Mapping[str, Any], rows: SourceRows, seed: int, pass_rates: PromptPassRates | None
 ) -> PromptPolicy:
-    """The policy that `trainer.grpo.curriculum.prompts` describes; ValueError for an unknown name or option."""
+    """The policy that `trainer.grpo.curriculum.prompts` describes; ValueError for an unknown name or option.
+
+    pass_rates: may be None where the policy's class says that it does not use them.
+    """
     policy, options = resolve("prompts", PROMPT_POLICIES, config)
-    return policy(names, rows, seed, **options)
+    return policy(rows, seed, pass_rates, **options)

@@ -19,15 +19,26 @@ def resolve(section: str, known: Mapping[str, type], config: Mapping[str, Any]) 
     name = str(config.get("name"))
     if name not in known:
         raise ValueError(f"{ROOT}.{section}.name: {name!r} is unknown; known: {', '.join(sorted(known))}")
-    parameters = inspect.signature(known[name]).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     given = {key: value for key, value in config.items() if key != "name"}
-    if unknown := sorted(set(given) - set(options)):
-        offered = ", ".join(sorted(options)) or "none"
+    return known[name], _options(section, name, known[name], given)
+
+
+def options(section: str, described: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a block without a name, defaults filled in; ValueError for an unknown one."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{ROOT}.{section}: {config!r} must be a block, as in {{key: value}}")
+    return _options(section, section, described, config)
+
+
+def _options(section: str, name: str, described: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(described).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if unknown := sorted(set(given) - set(defaults)):
+        offered = ", ".join(sorted(defaults)) or "none"
         raise ValueError(
             f"{ROOT}.{section}.{unknown[0]}: no such option (value {given[unknown[0]]!r}); options of {name}: {offered}"
         )
-    return known[name], {**options, **given}
+    return {**defaults, **given}
 
 
 def describe(section: str, known: Mapping[str, type], config: Mapping[str, Any]) -> dict[str, Any]:

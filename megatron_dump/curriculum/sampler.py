@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -72,20 +72,39 @@ class MegatronCurriculumBatchSampler:
         return self.consumed_samples // self.global_batch_size
 
     def next_draw(self) -> Draw:
-        """The next step's draw, the same on every rank (collective). RuntimeError if its weights would be stale."""
-        draw = self._own_draw() if self._draws else None
-        if self._broadcast is not None:
-            draw = self._broadcast.draw(draw)
-        if draw is None or draw.step != self.step:
-            raise RuntimeError(f"this rank expects the draw of step {self.step}, not {draw and draw.step}")
-        self.consumed_samples += self.global_batch_size
+        """The next round, the same on every rank (collective). RuntimeError if its weights would be stale.
+
+        Rounds of pre-rollouts (`train=False`) come before the round that their step trains on.
+        """
+        draw = self._deliver(lambda curriculum: curriculum.draw(self.step))
+        self.consumed_samples += self.global_batch_size * draw.train
         self.last_draw = draw
         return draw
 
-    def _own_draw(self) -> Draw:
+    def refill(self, step: int, rejected: np.ndarray) -> Draw | None:
+        """Fresh prompts in place of the groups `rejected` of `step`, the same on every rank (collective), or None."""
+
+        def refill(curriculum: Curriculum) -> Draw:
+            nothing = np.empty(0, np.int64)
+            no_prompts = Draw(step, nothing, nothing, nothing, np.zeros(len(curriculum.sources)))
+            return curriculum.refill(step, rejected) or no_prompts
+
+        draw = self._deliver(refill, step)
+        return draw if len(draw.prompt_ids) else None
+
+    def _deliver(self, make: Callable[[Curriculum], Draw], step: int | None = None) -> Draw:
+        draw = self._own(make) if self._draws else None
+        if self._broadcast is not None:
+            draw = self._broadcast.draw(draw)
+        expected = self.step if step is None else step
+        if draw is None or draw.step != expected:
+            raise RuntimeError(f"this rank expects the draw of step {expected}, not {draw and draw.step}")
+        return draw
+
+    def _own(self, make: Callable[[Curriculum], Draw]) -> Draw:
         try:
             assert self._curriculum is not None  # checked at the start for the rank that draws
-            return self._curriculum.draw(self.step)
+            return make(self._curriculum)
         except Exception:
             if self._broadcast is not None:
                 with contextlib.suppress(RuntimeError):
@@ -108,6 +127,11 @@ class MegatronCurriculumBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         """Rows of ONE step, then stop: however far a loader prefetches, it cannot reach a step with stale weights."""
         draw = self.next_draw()
+        if not draw.train:
+            raise RuntimeError(
+                "trainer.grpo.curriculum.prompts.pre_rollouts needs a loop that asks for its rounds by next_draw(): "
+                "a loader cannot tell them from training rounds; set it to 0"
+            )
         rows = draw.prompt_ids[self.share(draw)].tolist()
         for start in range(0, len(rows), self.micro_batch_size):
             yield rows[start : start + self.micro_batch_size]

@@ -1,144 +1,110 @@
-"""Which distribution the next prompts come from."""
+"""Which distribution the next prompts come from: the policies by name, and those that need no learning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from megatron_dump.curriculum import streams
-from megatron_dump.curriculum.estimators import LearnabilityEstimator
-from megatron_dump.curriculum.registry import check_number, resolve
-from megatron_dump.types import Outcomes
+from megatron_dump.curriculum.bandits import SEC, DumpUCB
+from megatron_dump.curriculum.registry import ROOT, check_number, resolve
+from megatron_dump.curriculum.robust import DumpUCBRobust
+from megatron_dump.curriculum.schedules import EasyToHard
+from megatron_dump.curriculum.source_policy import IndependentSlots, SourcePolicy, SourceSetting, softmax
+
+__all__ = ["SOURCE_POLICIES", "SourcePolicy", "SourceSetting", "make_source_policy"]
 
 
-class SourcePolicy(Protocol):
-    """K sources in sorted order, P slots a step. State changes in `observe` and `load_state_dict` only."""
-
-    def weights(self, step: int) -> np.ndarray:
-        """float64 [K], finite, sums to 1: each source's share of the slots drawn at `step`, in expectation."""
-        ...
-
-    def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
-        """int64 [n]: the source of every slot of `step`; `consumed` prompts were drawn in all steps before."""
-        ...
-
-    def observe(self, outcomes: Outcomes) -> None:
-        """Learn from one step's training rollouts."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def metrics(self) -> dict[str, np.ndarray]:
-        """Name -> [K]: what the weights of the next draw are made of."""
-        ...
-
-
-class Uniform:
+class Uniform(IndependentSlots):
     """Every source equally likely, whatever its size; slots are independent draws."""
 
-    def __init__(self, sizes: Sequence[int]):
-        self._n_sources = len(sizes)
-
     def weights(self, step: int) -> np.ndarray:
-        return np.full(self._n_sources, 1.0 / self._n_sources)
-
-    def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
-        return streams.categorical(self.weights(step), n, seed, "slots", step)
-
-    def observe(self, outcomes: Outcomes) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def metrics(self) -> dict[str, np.ndarray]:
-        return {}
+        return np.full(self.n_sources, 1.0 / self.n_sources)
 
 
-class Proportional(Uniform):
-    """The pooled shuffle: one permutation of all rows per epoch, seen as the sequence of its rows' sources.
+class Proportional(IndependentSlots):
+    """Weights in proportion to size^(1/temperature): 1 follows the sizes, larger is flatter, infinitely large uniform.
 
-    Which row of the source fills a slot is the prompt policy's choice; with `epoch` the two together are exactly a
-    uniform permutation of the pooled rows (an order of sources times an order inside each source).
+    At temperature 1 it is the pooled shuffle: one permutation of all rows per epoch, seen as the sequence of its rows'
+    sources. Which row of the source fills a slot is the prompt policy's choice; with `epoch` the two together are
+    exactly a uniform permutation of the pooled rows (an order of sources times an order inside each source). At other
+    temperatures slots are independent draws.
     """
 
-    def __init__(self, sizes: Sequence[int]):
-        super().__init__(sizes)
-        self._pool = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)  # [rows]: the source of every row
-
-    def weights(self, step: int) -> np.ndarray:
-        return np.bincount(self._pool, minlength=self._n_sources) / self._pool.size
-
-    def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
-        rows = self._pool.size
-        first, last = consumed // rows, (consumed + n - 1) // rows
-        epochs = [self._pool[streams.permutation(rows, seed, "pool", epoch)] for epoch in range(first, last + 1)]
-        start = consumed - first * rows
-        return np.concatenate(epochs)[start : start + n]
-
-
-class DumpUCB(Uniform):
-    """DUMP (arXiv 2504.09710, Algorithm 1): softmax over upper confidence bounds of the sources' learnability.
-
-    UCB_d = L_d + exploration * sqrt(2 ln(n_total + 1) / (n_d + 1)); the paper has exploration = 1, window = 300
-    rollouts and temperature = 0.1. `floor` (0 in the paper) mixes in that much of the uniform distribution.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        *,
-        window: int = 300,
-        exploration: float = 1.0,
-        temperature: float = 0.1,
-        floor: float = 0.0,
-    ):
-        check_number("sources.window", window, 1, whole=True)
-        check_number("sources.exploration", exploration, 0)
+    def __init__(self, setting: SourceSetting, *, temperature: float = 1.0):
         check_number("sources.temperature", temperature, 1e-6)
-        check_number("sources.floor", floor, 0, 1)
-        super().__init__(sizes)
-        self._exploration, self._temperature, self._floor = exploration, temperature, floor
-        self._estimator = LearnabilityEstimator(len(sizes), window)
-
-    def _bonus(self) -> np.ndarray:
-        n = self._estimator.n_rollouts
-        return self._exploration * np.sqrt(2.0 * np.log(n.sum() + 1.0) / (n + 1.0))
+        super().__init__(setting)
+        sizes = np.array(setting.sizes, np.int64)
+        self._pooled, self._rows = temperature == 1.0, int(sizes.sum())
+        self._weights = sizes / sizes.sum() if self._pooled else softmax(np.log(sizes), temperature)
+        sources = np.arange(sizes.size, dtype=np.int32)
+        self._pool = np.repeat(sources, sizes if self._pooled else 0)  # int32 [rows]: their sources
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # (seed, epoch) -> int32 [rows], the last two
 
     def weights(self, step: int) -> np.ndarray:
-        ucb = self._estimator.mean() + self._bonus()
-        with np.errstate(over="ignore"):  # an absurd |A| gives -inf here, and so weight 0 to the other sources
-            scaled = np.exp((ucb - ucb.max()) / self._temperature)  # subtract first: no exponent is above 0
-        return (1.0 - self._floor) * scaled / scaled.sum() + self._floor / self._n_sources
+        return self._weights.copy()
 
-    def observe(self, outcomes: Outcomes) -> None:
-        self._estimator.observe(outcomes.source_ids, outcomes.advantages)
+    def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
+        if not self._pooled:
+            return super().slots(step, consumed, n, seed)
+        first, last = consumed // self._rows, (consumed + n - 1) // self._rows
+        parts = []
+        for epoch in range(first, last + 1):
+            start = max(consumed - epoch * self._rows, 0)
+            stop = min(consumed + n - epoch * self._rows, self._rows)
+            parts.append(self._order(seed, epoch)[start:stop])
+        return np.concatenate(parts).astype(np.int64)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._estimator.load_state_dict(state)
-
-    def metrics(self) -> dict[str, np.ndarray]:
-        mean, bonus = self._estimator.mean(), self._bonus()
-        return {"ucb": mean + bonus, "mean_abs_adv": mean, "bonus": bonus, "n_dropped": self._estimator.n_dropped}
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """The epoch's sources, row by row; kept, because sorting a million rows every step would be slow."""
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[seed, epoch] = self._pool[streams.permutation(self._rows, seed, "pool", epoch)]
+        return self._orders[seed, epoch]
 
 
-SOURCE_POLICIES: dict[str, type] = {"uniform": Uniform, "proportional": Proportional, "dump_ucb": DumpUCB}
+class Static(IndependentSlots):
+    """Fixed weights, one for every source by name, in any unit: {easy: 3, hard: 1} draws `easy` three times in four."""
+
+    def __init__(self, setting: SourceSetting, *, weights: Mapping[str, float] | None = None):
+        super().__init__(setting)
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"{ROOT}.sources.weights: {weights!r} must give every source a weight, as in {{name: 1}}")
+        weights = {str(name): weight for name, weight in weights.items()}  # YAML reads a name like 3 as a number
+        if missing := [name for name in setting.names if name not in weights]:
+            raise ValueError(f"{ROOT}.sources.weights: {weights!r} has no weight for {missing}; add 0 or more")
+        if unknown := sorted(set(weights) - set(setting.names)):
+            raise ValueError(f"{ROOT}.sources.weights: {weights!r} names {unknown}, not in {list(setting.names)}")
+        for name in setting.names:
+            check_number(f"sources.weights.{name}", weights[name], 0)
+        values = np.array([weights[name] for name in setting.names], np.float64)
+        if values.max() == 0:
+            raise ValueError(f"{ROOT}.sources.weights: {weights!r} are all 0; make one of them larger")
+        values = np.ldexp(values, -np.frexp(values.max())[1])  # by a power of two, or the sum could overflow
+        self._weights = values / values.sum()
+
+    def weights(self, step: int) -> np.ndarray:
+        return self._weights.copy()
 
 
-def make_source_policy(config: Mapping[str, Any], sizes: Sequence[int]) -> SourcePolicy:
-    """The policy that `trainer.grpo.curriculum.sources` describes, for sources of `sizes` rows (sorted by name).
+SOURCE_POLICIES: dict[str, type] = {
+    "uniform": Uniform,
+    "proportional": Proportional,
+    "static": Static,
+    "easy_to_hard": EasyToHard,
+    "sec": SEC,
+    "dump_ucb": DumpUCB,
+    "dump_ucb_robust": DumpUCBRobust,
+}
+
+
+def make_source_policy(config: Mapping[str, Any], setting: SourceSetting) -> SourcePolicy:
+    """The policy that `trainer.grpo.curriculum.sources` describes.
 
     Raises ValueError for an unknown name or option, and for a value out of range.
     """
     policy, options = resolve("sources", SOURCE_POLICIES, config)
-    return policy(sizes, **options)
+    return policy(setting, **options)

@@ -11,18 +11,23 @@ from megatron_dump.types import Completion, Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and how many completions it gets."""
+    """One prompt and which completions of its group it gets here: samples first .. first + n - 1."""
 
-    group_id: int  # position in the step's Draw
+    group_id: int  # as in the step's Draws
     prompt: Prompt
     n: int
+    first: int = 0
+
+    @property
+    def samples(self) -> range:
+        return range(self.first, self.first + self.n)
 
 
 class Generator(Protocol):
     """Samples completions; all ranks of one model replica call it with the same requests."""
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of `requests`, samples 0..n-1 of each.
+        """Completions in the order of `requests`, the `samples` of each.
 
         What is sampled depends on (seed, step, group_id, sample) and the weights, not on how requests are split over
         ranks or batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ class MegatronGenerator:
 
     def _generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         prompts, start = _left_pad([r.prompt.token_ids for r in requests])
-        owners = [(i, sample) for i, r in enumerate(requests) for sample in range(r.n)]
+        owners = [(i, sample) for i, r in enumerate(requests) for sample in r.samples]
         n, limit = len(owners), self.options.max_length
         uniform = torch.from_numpy(
             np.stack([uniforms(self.seed, step, requests[i].group_id, sample, limit) for i, sample in owners])
@@ -57,7 +58,7 @@ class MegatronGenerator:
             tokens, logprobs = self._decode_loop(model, logits[rows] if logits is not None else None, n, uniform)
         lengths = (tokens >= 0).sum(1)
         return [
-            self.completion(requests[i], sample, tokens[row, : lengths[row]], logprobs[row, : lengths[row]])
+            self._completion(requests[i], sample, tokens[row, : lengths[row]], logprobs[row, : lengths[row]])
             for row, (i, sample) in enumerate(owners)
         ]
 
@@ -90,18 +91,15 @@ class MegatronGenerator:
             logits = model.forward(new_tokens[:, None])
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def completion(self, request: Request, sample: int, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
-        """Sampled tokens int64 [T] and their log-probabilities as a Completion of the weights held now."""
+    def _completion(self, request: Request, sample: int, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
         finished = bool(ids[-1] in self.options.stop_ids)
-        return Completion(
-            group_id=request.group_id,
-            sample=sample,
-            token_ids=ids,
-            logprobs=logprobs,
-            finished=finished,
-            policy_version=self.policy.version,
-            text=self.decode(ids[: len(ids) - finished].tolist()),
-        )
+        version = self.policy.version
+        return self.with_text(Completion(request.group_id, sample, ids, logprobs, finished, version))
+
+    def with_text(self, completion: Completion) -> Completion:
+        """The completion, decoded."""
+        ids = completion.token_ids[: len(completion.token_ids) - completion.finished]
+        return dataclasses.replace(completion, text=self.decode(ids.tolist()))
 
 
 def _batches(requests: Sequence[Request], max_rows: int) -> Iterator[list[Request]]:

@@ -14,7 +14,7 @@ from megatron_dump.types import Completion
 
 
 class RecordingGenerator:
-    """Passes another generator's completions on and keeps them in FOLDER/step_<step>_<share>.jsonl.
+    """Passes another generator's completions on and keeps them in FOLDER/step_<step>_<share>_<first group>.jsonl.
 
     `share` names this rank's part of the step; None: another rank of the replica writes it.
     """
@@ -24,11 +24,12 @@ class RecordingGenerator:
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         completions = self.generator.generate(step, requests)
-        if self.share is not None:
+        if self.share is not None and requests:
             prompts = {r.group_id: r.prompt.index for r in requests}
             rows = [_row(c, prompts[c.group_id]) for c in completions]
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"step_{step}_{self.share}.jsonl"
+            # a step may have several rounds
+            path = self.folder / f"step_{step}_{self.share}_{requests[0].group_id}.jsonl"
             path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(path.with_suffix(".tmp"), path)
         return completions
@@ -57,7 +58,7 @@ class RecordedGenerator:
                         f"{key[0]}, sample {key[2]}; record into an empty folder"
                     )
                 rows[key] = row
-        return [self._completion(rows, step, r, sample) for r in requests for sample in range(r.n)]
+        return [self._completion(rows, step, r, sample) for r in requests for sample in r.samples]
 
     def _completion(
         self, rows: dict[tuple[int, int, int], dict], step: int, request: Request, sample: int

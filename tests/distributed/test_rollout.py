@@ -45,8 +45,8 @@ def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=6
     if check_logprobs:
         prompts = {r.group_id: r.prompt.token_ids for r in requests}
         n = len(completions)
+        actor.micro_batch_size = actor.forward_micro_batch_size = n
         batch = actor.make_batch([prompts[c.group_id] for c in completions], completions, np.zeros(n), 1.0)
-        actor.forward_micro_batch_size = n
         logprobs = actor.compute_logprobs(batch)
         if logprobs is not None:
             difference = float(np.abs((logprobs - batch.rollout_logprobs) * batch.loss_mask).max())

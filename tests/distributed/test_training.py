@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -14,81 +12,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dump.assemble import build_trainer  # imports Megatron once, before the ranks are forked
-from tests.distributed.launch import run_ranks
+from tests.distributed.runs import REPO, arguments, draws, make_data, rows, train
 
-REPO = pathlib.Path(__file__).resolve().parents[2]
-MODEL = REPO / "examples/models/kk-tiny"
 PHASES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "sync", "step")
-
-
-def _script():
-    spec = importlib.util.spec_from_file_location("train_gpt_grpo", REPO / "examples/train_gpt_grpo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _script()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for module, arguments in (
-        ("kk.generate", "--people 2-4 --per-size 40 --test-per-size 8 --names 8 --frames 1 --seed 5"),
-        ("kk.dataset", f"--in {folder}"),
-    ):
-        command = [sys.executable, "-m", module, *arguments.split(), "--out", str(folder)]
-        subprocess.run(command, check=True, cwd=REPO, capture_output=True)
-    return folder
-
-
-def _arguments(world, data, log_dir, tensor=1, pipeline=1, **overrides) -> list[str]:
-    settings = {
-        "trainer.devices": world,
-        "pretrained_checkpoint.restore_from_path": MODEL,
-        "model.data.train_files": f"[{data / 'train.parquet'}]",
-        "model.data.validation_files": "[]",
-        "model.tensor_model_parallel_size": tensor,
-        "model.pipeline_model_parallel_size": pipeline,
-        "model.micro_batch_size": 4,
-        "model.global_batch_size": 32,
-        "model.optim.lr": 1e-3,
-        "model.grpo.length_params.max_length": 48,
-        "trainer.grpo.num_prompts_per_grpo_step": 8,
-        "trainer.grpo.samples_per_prompt": 4,
-        "trainer.grpo.max_steps": 3,
-        "trainer.grpo.val_check_interval": 0,
-        "trainer.grpo.initial_policy_kl_penalty": 0.05,
-        "exp_manager.explicit_log_dir": log_dir,
-        **overrides,
-    }
-    return ["--config-name=kk_cpu", *(f"{key}={value}" for key, value in settings.items())]
-
-
-def _run(arguments: list[str]) -> str:
-    """One rank: train; the digest of the weights the next step would use."""
-    trainer = build_trainer(SCRIPT.read_config(arguments)[1])
-    trainer.resume()
-    trainer.fit()
-    trainer.monitor.close()
-    return trainer.sampler.last_draw.weights.tobytes().hex()
-
-
-def _train(world, *args, **overrides) -> list[str]:
-    return run_ranks(_run, world, _arguments(world, *args, **overrides), timeout_s=300)
-
-
-def _rows(log_dir, name="metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (log_dir / name).read_text().splitlines()]
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def recorded(data, tmp_path_factory):
     """Eight ranks, TP=2 x PP=2 x DP=2, two optimizer steps a step; their completions are kept."""
     log_dir = tmp_path_factory.mktemp("eight")
-    weights = _train(
+    weights = train(
         8, data, log_dir, 2, 2,
         **{
             "trainer.grpo.inference_backend.record": log_dir / "rollouts",
@@ -101,7 +39,7 @@ def recorded(data, tmp_path_factory):
 
 def test_eight_ranks_train_as_one(data, recorded, tmp_path):
     eight, _ = recorded
-    _train(
+    train(
         1, data, tmp_path,
         **{
             "trainer.grpo.inference_backend.type": "recorded",
@@ -110,23 +48,23 @@ def test_eight_ranks_train_as_one(data, recorded, tmp_path):
         },
     )  # fmt: skip
     compared = 0
-    for ours, theirs in zip(_rows(eight), _rows(tmp_path), strict=True):
+    for ours, theirs in zip(rows(eight), rows(tmp_path), strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours:
             if not key.startswith(("timing_s/", "perf/")):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), (ours["step"], key)
                 compared += key in ("actor/loss", "actor/grad_norm")
     assert compared == 6
-    assert _rows(eight)[2]["actor/kl_loss"] > 0  # the policy has moved
+    assert rows(eight)[2]["actor/kl_loss"] > 0  # the policy has moved
 
 
 def test_every_step_logs_the_keys_and_weights_that_sum_to_one(recorded):
     log_dir, weights = recorded
     assert len(set(weights)) == 1  # every rank received the same
     sources = ("kk_logic_2", "kk_logic_3", "kk_logic_4")
-    rows, draws = _rows(log_dir), _rows(log_dir, "curriculum.jsonl")
-    assert [row["step"] for row in rows] == [draw["step"] for draw in draws] == [1, 2, 3]
-    for row, draw in zip(rows, draws, strict=True):
+    logged_rows, drawn = rows(log_dir), draws(log_dir)
+    assert [row["step"] for row in logged_rows] == [draw["step"] for draw in drawn] == [1, 2, 3]
+    for row, draw in zip(logged_rows, drawn, strict=True):
         logged = [row[f"curriculum/{s}/weight"] for s in sources]
         assert sum(logged) == pytest.approx(1.0, abs=1e-12)
         assert logged == draw["weights"]
@@ -142,44 +80,38 @@ def test_every_step_logs_the_keys_and_weights_that_sum_to_one(recorded):
             assert all(f"curriculum/{s}/{name}" in row for s in sources), name
         assert sum(row[f"curriculum/{s}/n_rollouts"] for s in sources) == 32
         assert row["rollout/logprob_diff_max"] < 1e-4
-    assert rows[0]["curriculum/kk_logic_2/weight"] == pytest.approx(1 / 3)
-    assert draws[1]["weights"] != draws[0]["weights"]
+    assert logged_rows[0]["curriculum/kk_logic_2/weight"] == pytest.approx(1 / 3)
+    assert drawn[1]["weights"] != drawn[0]["weights"]
 
 
 @pytest.mark.parametrize("ranks_after", [2, 1])
 def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(data, tmp_path, ranks_after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _train(2, data, whole, **{"trainer.grpo.max_steps": 4})
-    _train(2, data, parts, **{"trainer.grpo.max_steps": 2, "trainer.grpo.save_interval": 2})
+    train(2, data, whole, **{"trainer.grpo.max_steps": 4})
+    train(2, data, parts, **{"trainer.grpo.max_steps": 2, "trainer.grpo.save_interval": 2})
     (parts / "metrics.jsonl").open("a").write('{"step": 3, "lost": 1}\n')  # written after the checkpoint, then killed
-    _train(ranks_after, data, parts, **{"trainer.grpo.max_steps": 4, "trainer.grpo.save_interval": 2})
-    expected, resumed = _rows(whole, "curriculum.jsonl"), _rows(parts, "curriculum.jsonl")
+    train(ranks_after, data, parts, **{"trainer.grpo.max_steps": 4, "trainer.grpo.save_interval": 2})
+    expected, resumed = draws(whole), draws(parts)
     assert resumed == expected
-    for ours, theirs in zip(_rows(parts), _rows(whole), strict=True):
+    for ours, theirs in zip(rows(parts), rows(whole), strict=True):
         assert ours["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-3)
 
 
 def test_a_run_that_would_differ_is_not_resumed(data, tmp_path):
-    _train(1, data, tmp_path, **{"trainer.grpo.max_steps": 1, "trainer.grpo.save_interval": 1})
+    train(1, data, tmp_path, **{"trainer.grpo.max_steps": 1, "trainer.grpo.save_interval": 1})
     other = {"model.data.train_files": f"[{data / 'test.parquet'}]", "trainer.grpo.max_steps": 2}
     with pytest.raises(RuntimeError, match=r"curriculum fingerprint differs: the checkpoint has"):
-        _train(1, data, tmp_path, **other)
+        train(1, data, tmp_path, **other)
     changed = {"model.grpo.sampling_params.temperature": 0.5, "trainer.grpo.max_steps": 2}
     with pytest.raises(
         RuntimeError, match=r"model.grpo.sampling_params.temperature: the checkpoint has 1.0, this run 0.5"
     ):
-        _train(1, data, tmp_path, **changed)
+        train(1, data, tmp_path, **changed)
 
 
 def test_completions_that_cannot_fit_the_model_are_refused(data, tmp_path):
     with pytest.raises(RuntimeError, match=r"max_length=500: with the longest prompt, \d+ tokens, it exceeds .* 512"):
-        _train(1, data, tmp_path, **{"model.grpo.length_params.max_length": 500})
-
-
-@pytest.mark.parametrize("name", ["uniform", "proportional"])
-def test_the_other_source_policies_train(data, tmp_path, name):
-    weights = _train(2, data, tmp_path, **{"trainer.grpo.curriculum.sources": f"{{name: {name}}}", "model.tensor_model_parallel_size": 2, "trainer.grpo.max_steps": 2})  # fmt: skip  # noqa: E501
-    np.testing.assert_allclose(np.frombuffer(bytes.fromhex(weights[0])), [1 / 3] * 3)
+        train(1, data, tmp_path, **{"model.grpo.length_params.max_length": 500})
 
 
 def _parquet_without_source(folder) -> pathlib.Path:
@@ -220,7 +152,7 @@ def test_bad_input_is_one_clear_line_on_every_rank(data, tmp_path, case):
         command = [
             sys.executable,
             str(REPO / "examples/train_gpt_grpo.py"),
-            *_arguments(2, data, tmp_path, **overrides(data)),
+            *arguments(2, data, tmp_path, **overrides(data)),
         ]
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip

@@ -45,7 +45,8 @@ def test_the_documented_defaults_are_the_defaults():
         ("trainer.precision=16", "trainer.precision=16: must be 32 or bf16"),
         ("trainer.grpo.samples_per_prompt=1", "trainer.grpo.samples_per_prompt=1: a group needs at least 2"),
         ("model.global_batch_size=96", "model.global_batch_size=96 does not divide the 256 rollouts of a step"),
-        ("model.global_batch_size=4", "model.global_batch_size=4 would cut groups apart: make it a multiple of"),
+        ("model.grpo.loss_agg_mode=mean", "model.grpo.loss_agg_mode=mean: known are token-mean, seq-mean-token-mean"),
+        ("trainer.grpo.curriculum.resume_changed=yes", "trainer.grpo.curriculum.resume_changed=yes: known are refuse"),
         ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
         ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
         ("model.data.train_files=x.parquet", "model.data.train_files: "),
@@ -72,11 +73,11 @@ def test_a_known_key_needs_no_plus():
 @pytest.mark.parametrize(
     ("override", "ranks", "message"),
     [
-        ("model.global_batch_size=64", 16, "is 4 groups of .*, which 16 data-parallel ranks cannot share evenly"),
+        ("model.global_batch_size=32", 3, "32 rollouts cannot be shared evenly by 3 data-parallel ranks: make it a mu"),
         ("model.micro_batch_size=48", 2, "model.micro_batch_size=48 does not divide the 128 rollouts"),
     ],
 )
-def test_data_parallel_ranks_get_whole_groups_and_micro_batches(override, ranks, message):
+def test_data_parallel_ranks_get_equal_shares_and_whole_micro_batches(override, ranks, message):
     config = schema.load(_compose("kk_cpu", override))
     with pytest.raises(schema.ConfigError, match=message):
         schema.check_world(config, 8, ranks)

@@ -1,9 +1,9 @@
-"""The curriculum: Algorithm 1 of DUMP by hand, and the promises about draws and state."""
+"""The curriculum as a whole: draws, rounds, feedback, state and resume."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -15,141 +15,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dump.curriculum import Curriculum, streams
-from megatron_dump.curriculum.estimators import LearnabilityEstimator, PassRateEstimator
-from megatron_dump.curriculum.prompts import Epoch
-from megatron_dump.curriculum.sources import make_source_policy
 from megatron_dump.types import Draw, Outcomes
+from tests.unit.curricula import ROWS, answer, assert_same, config, make, outcomes, run
 
 REPO = Path(__file__).resolve().parents[2]
-ROWS = ["b"] * 50 + ["a"] * 20 + ["c"] * 30
+SCHEDULED = {"static": {"weights": {"a": 1, "b": 2, "c": 3}}}
+SOURCES = ("uniform", "proportional", "static", "easy_to_hard", "sec", "dump_ucb", "dump_ucb_robust")
+PROMPTS = (
+    "epoch", "cures", "thompson", {"name": "cures", "subsets": 2, "steps_per_subset": 2, "pre_rollouts": 3},
+)  # fmt: skip
+BUDGETS = ("fixed", "neyman", "knapsack")
+EVERYTHING = [
+    *(({"name": name, **SCHEDULED.get(name, {})}, "epoch", "fixed") for name in SOURCES),
+    *(({"name": "dump_ucb_robust"}, prompts, budget) for prompts in PROMPTS for budget in BUDGETS),
+]
 
 
-def config(name="dump_ucb", **options):
-    return {"sources": {"name": name, **options}, "prompts": {"name": "epoch"}, "budget": {"name": "fixed"}}
+def full(sources, prompts, budget, rows=ROWS, **options):
+    blocks = {"filter": {"name": "zero_variance", "max_refills": 2}, "audit": {"every": 4, "prompts": 3}}
+    return make(rows=rows, prompts=prompts, budget=budget, blocks=blocks, **sources, **options)
 
 
-def make(name="dump_ucb", rows=ROWS, prompts=8, group=4, seed=7, fingerprint="data", **options) -> Curriculum:
-    return Curriculum(rows, prompts, group, seed, config(name, **options), fingerprint)
-
-
-def outcomes(step, source_ids, advantages, rewards=None, group_ids=None) -> Outcomes:
-    n = len(source_ids)
-    rewards = np.zeros(n) if rewards is None else np.asarray(rewards, float)
-    return Outcomes(
-        step=step,
-        group_ids=np.arange(n) if group_ids is None else group_ids,
-        source_ids=np.asarray(source_ids, np.int64),
-        rewards=rewards,
-        advantages=np.asarray(advantages, float),
-        correct=rewards > 0,
-        well_formed=np.ones(n, bool),
-        lengths=np.ones(n, np.int64),
-        finished=np.ones(n, bool),
-    )
-
-
-def answer(draw: Draw) -> Outcomes:
-    """Made-up results of a draw: a function of (row, sample) only."""
-    group_ids = np.repeat(np.arange(len(draw.prompt_ids)), draw.rollouts)
-    samples = np.concatenate([np.arange(n) for n in draw.rollouts])
-    noise = np.sin(draw.prompt_ids[group_ids] * 12.9898 + samples * 78.233 + draw.step)
-    return outcomes(draw.step, draw.source_ids[group_ids], noise, noise > 0.3, group_ids)
-
-
-def run(curriculum: Curriculum, steps: int) -> list[Draw]:
-    draws = []
-    for step in range(curriculum.step, curriculum.step + steps):
-        draws.append(curriculum.draw(step))
-        curriculum.observe(answer(draws[-1]))
-    return draws
-
-
-def assert_same(left: list[Draw], right: list[Draw]) -> None:
-    for a, b in zip(left, right, strict=True):
-        for field in ("prompt_ids", "source_ids", "rollouts", "weights"):
-            assert np.array_equal(getattr(a, field), getattr(b, field))
-
-
-# ------------------------------------------------------------------------------------------------ DUMP, Algorithm 1
-def softmax(values, temperature):
-    top = max(values)
-    scaled = [math.exp((v - top) / temperature) for v in values]
-    return [s / sum(scaled) for s in scaled]
-
-
-def test_dump_ucb_follows_algorithm_1_by_hand():
-    """Three sources, three steps, a window of 4: the same numbers from plain Python arithmetic."""
-    policy = make_source_policy({"name": "dump_ucb", "window": 4}, [5, 5, 5])
-    np.testing.assert_allclose(policy.weights(0), [1 / 3] * 3, atol=1e-15)
-
-    policy.observe(outcomes(0, [0, 0, 1, 1], [1.0, -1.0, 0.5, -0.5]))
-    # n = (2, 2, 0), L = (1, .5, 0)
-    ucb = [
-        1.0 + math.sqrt(2 * math.log(5) / 3),
-        0.5 + math.sqrt(2 * math.log(5) / 3),
-        0.0 + math.sqrt(2 * math.log(5) / 1),
-    ]
-    np.testing.assert_allclose(policy.metrics()["ucb"], ucb, atol=1e-12)
-    np.testing.assert_allclose(policy.weights(1), softmax(ucb, 0.1), atol=1e-12)
-
-    policy.observe(outcomes(1, [2, 2, 2, 0], [0.25, -0.75, 1.25, 0.0]))
-    # n = (3, 2, 3), L = (2/3, .5, .75)
-    ucb = [
-        2 / 3 + math.sqrt(2 * math.log(9) / 4),
-        0.5 + math.sqrt(2 * math.log(9) / 3),
-        0.75 + math.sqrt(2 * math.log(9) / 4),
-    ]
-    np.testing.assert_allclose(policy.weights(2), softmax(ucb, 0.1), atol=1e-12)
-
-    policy.observe(outcomes(2, [0, 0, 1, 1], [0.5, -0.5, 0.0, 0.1]))
-    # the window of source 0 is (-1), 0, .5, -.5: its first value has left; n = (5, 4, 3)
-    ucb = [
-        (1.0 + 0.0 + 0.5 + 0.5) / 4 + math.sqrt(2 * math.log(13) / 6),
-        (0.5 + 0.5 + 0.0 + 0.1) / 4 + math.sqrt(2 * math.log(13) / 5),
-        0.75 + math.sqrt(2 * math.log(13) / 4),
-    ]
-    np.testing.assert_allclose(policy.weights(3), softmax(ucb, 0.1), atol=1e-12)
-
-
-def test_constants_of_the_paper_are_the_defaults_and_floor_mixes_in_uniform():
-    plain, floored = (make_source_policy({"name": "dump_ucb", **o}, [5, 5]) for o in ({}, {"floor": 0.2}))
-    explicit = make_source_policy({"name": "dump_ucb", "window": 300, "exploration": 1.0, "temperature": 0.1}, [5, 5])
-    for policy in (plain, floored, explicit):
-        policy.observe(outcomes(0, [0] * 400 + [1] * 400, [2.0] * 100 + [1.0] * 300 + [0.0] * 400))
-    np.testing.assert_allclose(plain.metrics()["mean_abs_adv"], [1.0, 0.0], atol=1e-12)
-    assert np.array_equal(plain.weights(1), explicit.weights(1))
-    np.testing.assert_allclose(floored.weights(1), 0.8 * plain.weights(1) + 0.1, atol=1e-15)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.floats(allow_nan=True, allow_infinity=True)), max_size=40))
-def test_weights_are_finite_and_sum_to_one_whatever_the_advantages(rollouts):
-    policy = make_source_policy({"name": "dump_ucb"}, [5] * 4)
-    if rollouts:
-        policy.observe(outcomes(0, [s for s, _ in rollouts], [a for _, a in rollouts]))
-    weights = policy.weights(1)
-    assert np.all(np.isfinite(weights)) and np.all(weights >= 0) and abs(weights.sum() - 1) < 1e-12
-
-
-def test_non_finite_advantages_are_kept_out_and_counted():
-    estimator = LearnabilityEstimator(2)
-    estimator.observe(np.array([0, 0, 0, 1]), np.array([np.nan, np.inf, -0.5, np.nan]))
-    assert estimator.mean().tolist() == [0.5, 0.0]
-    assert estimator.n_dropped.tolist() == [2, 1] and estimator.n_rollouts.tolist() == [3, 1]
-
-
-def test_the_mean_of_huge_advantages_is_finite():
-    estimator = LearnabilityEstimator(1)
-    estimator.observe(np.zeros(4, np.int64), np.full(4, 1e308))
-    assert estimator.mean().tolist() == [1e308]
-
-
-def test_pass_rate_is_a_discounted_beta_posterior():
-    estimator = PassRateEstimator(2, discount=0.5)
-    estimator.observe(np.array([0, 0, 0]), np.array([True, True, False]))
-    assert estimator.mean().tolist() == [3 / 5, 0.5]  # Beta(1+2, 1+1), and the prior
-    estimator.observe(np.array([0]), np.array([True]))
-    assert estimator.mean()[0] == (0.5 * 3 + 0.5 + 1) / (0.5 * 5 + 1 + 1)
+def rejecting(draw: Draw) -> Outcomes:
+    """A third of the rows are always right, a third never."""
+    return answer(draw, lambda rows, samples: np.where(rows % 3 == 0, 1, np.where(rows % 3 == 1, 0, samples % 2)))
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
@@ -162,6 +51,49 @@ def test_sources_are_sorted_and_a_draw_fits_its_description():
         assert len(set(draw.prompt_ids)) == 8
 
 
+@pytest.mark.parametrize(("sources", "prompts", "budget"), EVERYTHING)
+def test_every_policy_keeps_the_promises_of_a_draw(sources, prompts, budget):
+    """Rows of the sources drawn, no row twice in a step, exact totals, group ids that run on, weights that sum to 1."""
+    curriculum, seen = full(sources, prompts, budget), {}
+    for draw in run(curriculum, 6, rejecting):
+        assert [ROWS[i] for i in draw.prompt_ids] == [curriculum.sources[k] for k in draw.source_ids]
+        assert abs(draw.weights.sum() - 1) < 1e-12 and np.all(draw.weights >= 0)
+        seen.setdefault(draw.step, []).append(draw)
+    assert sorted(seen) == list(range(6))
+    for rounds in seen.values():
+        groups = np.concatenate([d.group_ids for d in rounds])
+        assert groups.tolist() == list(range(len(groups)))
+        training = [d for d in rounds if d.train]
+        assert len(training[0].prompt_ids) == 8 and training[0].rollouts.sum() == 32
+        assert training[0].rollouts.min() >= 2
+        rows = np.concatenate([d.prompt_ids for d in training])
+        assert len(set(rows.tolist())) == len(rows)
+
+
+@pytest.mark.parametrize(("sources", "prompts", "budget"), EVERYTHING)
+def test_a_resumed_run_draws_the_same(sources, prompts, budget):
+    """Seven rows of `a`, eight prompts a step: the state is saved in the middle of epochs and past their borders."""
+    rows = ["a"] * 7 + ["b"] * 11 + ["c"] * 90
+    whole, first, second = (full(sources, prompts, budget, rows=rows) for _ in range(3))
+    drawn = run(whole, 9, rejecting)
+    run(first, 4, rejecting)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.digest() == first.digest()
+    assert_same(run(second, 5, rejecting), [d for d in drawn if d.step >= 4])
+    assert second.digest() == whole.digest() and second.metrics() == whole.metrics()
+
+
+def test_proportional_and_epoch_are_a_pooled_shuffle():
+    curriculum = make("proportional", n_prompts=20)
+    epochs = [np.concatenate([d.prompt_ids for d in run(curriculum, 5)]) for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(100))
+    assert not np.array_equal(*epochs)
+    np.testing.assert_allclose(curriculum.weights, [0.2, 0.5, 0.3])
+    overlapping = np.concatenate([d.prompt_ids for d in run(make("proportional", n_prompts=30), 10)])
+    assert np.bincount(overlapping).tolist() == [3] * 100
+
+
 def test_slots_are_independent_draws_from_the_weights():
     weights = np.array([0.1, 0.6, 0.0, 0.3])
     drawn = np.concatenate([streams.categorical(weights, 100, 3, "slots", step) for step in range(200)])
@@ -170,67 +102,17 @@ def test_slots_are_independent_draws_from_the_weights():
     assert np.all(np.abs(shares - weights) <= 4 * standard_error)
 
 
-@settings(max_examples=80, deadline=None)
-@given(size=st.integers(1, 12), quotas=st.lists(st.integers(1, 15), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_prompts_come_without_replacement(size, quotas, seed):
-    """Every epoch is a permutation, and a step repeats a row only when its quota is larger than the source."""
-    policy = Epoch(["x"], [np.arange(100, 100 + size)], seed)
-    steps = [policy.draw(np.zeros(q, np.int64)) for q in quotas]
-    everything = np.concatenate(steps)
-    for start in range(0, len(everything) - size + 1, size):
-        assert sorted(everything[start : start + size]) == list(range(100, 100 + size))
-    for rows in steps:
-        counts = np.bincount(rows - 100, minlength=size)
-        assert counts.max() - counts.min() <= 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(size=st.integers(2, 12), quotas=st.lists(st.integers(1, 15), min_size=2, max_size=12), data=st.data())
-def test_prompts_continue_from_saved_state(size, quotas, data):
-    whole, first, second = (Epoch(["x"], [np.arange(size)], 0) for _ in range(3))
-    expected = [whole.draw(np.zeros(q, np.int64)).tolist() for q in quotas]
-    cut = data.draw(st.integers(1, len(quotas) - 1))
-    for quota in quotas[:cut]:
-        first.draw(np.zeros(quota, np.int64))
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [second.draw(np.zeros(q, np.int64)).tolist() for q in quotas[cut:]] == expected[cut:]
-
-
-def test_sources_and_epochs_have_orders_of_their_own():
-    policy = Epoch(["w", "x"], [np.arange(30), np.arange(30)], 1)
-    orders = [policy.draw(np.full(30, k)).tolist() for k in (0, 0, 1, 1)]
-    assert len(set(map(tuple, orders))) == 4
-    for name in ("uniform", "proportional"):
-        curriculum = make(name, prompts=100)
-        assert len({tuple(draw.source_ids) for draw in run(curriculum, 3)}) == 3
-
-
-def test_the_order_inside_a_source_does_not_depend_on_the_others():
-    alone, together = Epoch(["x"], [np.arange(30)], 1), Epoch(["w", "x"], [np.arange(50), np.arange(30)], 1)
-    together.draw(np.zeros(17, np.int64))
-    assert np.array_equal(alone.draw(np.zeros(20, np.int64)), together.draw(np.ones(20, np.int64)))
-
-
-def test_proportional_is_a_pooled_shuffle():
-    curriculum = make("proportional", prompts=20)
-    epochs = [np.concatenate([d.prompt_ids for d in run(curriculum, 5)]) for _ in range(2)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(100))
-    assert not np.array_equal(*epochs)
-    np.testing.assert_allclose(curriculum.weights, [0.2, 0.5, 0.3])
-    overlapping = np.concatenate([d.prompt_ids for d in run(make("proportional", prompts=30), 10)])
-    assert np.bincount(overlapping).tolist() == [3] * 100
-
-
 def test_uniform_ignores_sizes():
-    curriculum = make("uniform", rows=["a"] * 1000 + ["b"], prompts=200)
+    curriculum = make("uniform", rows=["a"] * 1000 + ["b"], n_prompts=200)
     assert 70 < np.sum(curriculum.draw(0).source_ids == 1) < 130
 
 
-def test_draws_do_not_depend_on_the_hash_seed():
+@pytest.mark.parametrize("prompts", ["epoch", "cures", "thompson"])
+def test_draws_do_not_depend_on_the_hash_seed(prompts):
     script = (
-        "from tests.unit.test_curriculum import *\n"
-        "c = make(rows=[f'source {i % 9}' for i in range(90)])\n"
+        "from tests.unit.curricula import *\n"
+        f"c = make('dump_ucb_robust', rows=[f'source {{i % 9}}' for i in range(90)], prompts={prompts!r},"
+        " budget='neyman')\n"
         "print(c.sources, [d.prompt_ids.tolist() for d in run(c, 3)], c.digest())"
     )
 
@@ -241,6 +123,84 @@ def test_draws_do_not_depend_on_the_hash_seed():
     assert output("1") == output("2")
 
 
+# ------------------------------------------------------------------------------------------------- filter and refills
+def test_refills_keep_the_mixture_and_the_number_of_rollouts():
+    """MT-GRPO's ratio-preserving refill: a rejected group is replaced in its own source."""
+    curriculum = full({"name": "uniform"}, "epoch", "neyman", n_prompts=12)
+    draw = curriculum.draw(0)
+    results = rejecting(draw)
+    rejected = curriculum.filter.rejected(results)
+    # row % 3 decides: always right, never right, or half and half
+    assert rejected.tolist() == np.flatnonzero(draw.prompt_ids % 3 != 2).tolist()
+    refill = curriculum.refill(0, rejected)
+    assert np.array_equal(np.sort(refill.source_ids), np.sort(draw.source_ids[rejected]))
+    assert refill.rollouts.sum() == draw.rollouts[rejected].sum() and refill.first_group == 12
+    assert not set(refill.prompt_ids) & set(draw.prompt_ids)
+    again = curriculum.refill(0, 12 + np.arange(len(rejected)))
+    assert again.first_group == 12 + len(rejected)
+    assert curriculum.refill(0, again.group_ids) is None  # max_refills: 2
+    for part in (results, rejecting(refill), rejecting(again)):
+        curriculum.observe(part)
+    metrics = curriculum.metrics()
+    observed = sum(metrics[f"curriculum/{s}/n_rollouts"] for s in "abc")
+    assert observed == 48 + 2 * draw.rollouts[rejected].sum()  # rejected groups teach the estimators too
+    assert sum(metrics[f"curriculum/{s}/n_refilled"] for s in "abc") == 2 * len(rejected)
+
+
+def test_a_source_without_other_rows_is_not_refilled():
+    curriculum = full({"name": "uniform"}, "epoch", "fixed", rows=["a"] * 5 + ["b"] * 40)
+    draw = curriculum.draw(0)
+    refill = curriculum.refill(0, draw.group_ids)
+    n_a = int(np.sum(draw.source_ids == 0))
+    assert np.sum(refill.source_ids == 0) == min(n_a, max(0, 5 - n_a)) and np.sum(refill.source_ids == 1) == 8 - n_a
+
+
+def test_without_a_filter_nothing_is_rejected():
+    curriculum = make()
+    draw = curriculum.draw(0)
+    results = answer(draw, 0 * np.ones(32))
+    assert curriculum.filter.rejected(results).size == 0 and curriculum.refill(0, draw.group_ids) is None
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, -3.0, np.nan, np.inf]), min_size=1, max_size=5), min_size=1))
+def test_the_filter_rejects_exactly_the_groups_whose_finite_rewards_are_alike(groups):
+    ids = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    rewards = np.concatenate(groups)
+    results = outcomes(0, np.zeros(len(ids), int), rewards, rewards, ids)
+    chosen = full({"name": "uniform"}, "epoch", "fixed").filter.rejected(results).tolist()
+    assert chosen == [i for i, g in enumerate(groups) if len({r for r in g if np.isfinite(r)}) < 2]
+
+
+# --------------------------------------------------------------------------------------------- CurES's pre-rollouts
+def test_pre_rollouts_come_before_their_step_and_do_not_train():
+    """CurES's Algorithm 1 on one source: N' = 4 for every prompt of a subset, then M = 3 steps on that subset."""
+    prompts = {"name": "cures", "subsets": 2, "steps_per_subset": 3, "pre_rollouts": 4}
+    blocks = {"pass_rates": {"discount": 1.0, "prior": "flat"}}
+    curriculum = make("uniform", rows=["x"] * 40, prompts=prompts, budget="neyman", blocks=blocks)
+    drawn = run(curriculum, 12)
+    for iteration in range(4):
+        steps = range(3 * iteration, 3 * iteration + 3)
+        rounds = [d for d in drawn if d.step in steps]
+        before = [d for d in rounds if not d.train]
+        assert {d.step for d in before} == {steps[0]} and rounds[: len(before)] == before
+        subset = np.concatenate([d.prompt_ids for d in before])
+        assert len(subset) == len(set(subset)) == 20
+        assert all(set(d.rollouts) == {4} for d in before)
+        assert all(set(d.prompt_ids) <= set(subset) and d.rollouts.sum() == 32 for d in rounds if d.train)
+    halves = [{*np.concatenate([d.prompt_ids for d in drawn if d.step == s and not d.train])} for s in (0, 3, 6, 9)]
+    assert halves[0] == halves[2] and halves[1] == halves[3] and not halves[0] & halves[1]
+
+
+def test_a_step_with_pre_rollouts_out_cannot_go_on():
+    curriculum = make(prompts={"name": "cures", "subsets": 1, "pre_rollouts": 2})
+    draw = curriculum.draw(0)
+    assert not draw.train
+    with pytest.raises(RuntimeError, match=r"draw\(0\) before the outcomes of step 0 were observed"):
+        curriculum.draw(0)
+    with pytest.raises(RuntimeError, match="no training round of it is out"):
+        curriculum.refill(0, np.array([0]))
+
+
 # ------------------------------------------------------------------------------------------ order of calls, and state
 def test_stale_and_disordered_calls_are_refused():
     curriculum = make()
@@ -249,36 +209,43 @@ def test_stale_and_disordered_calls_are_refused():
     draw = curriculum.draw(0)
     with pytest.raises(RuntimeError, match=r"draw\(1\) before the outcomes of step 0 were observed"):
         curriculum.draw(1)
-    with pytest.raises(RuntimeError, match="would lose its outcomes"):
-        curriculum.state_dict()
+    good = answer(draw)
     with pytest.raises(RuntimeError, match="outcomes of step 3, but the draw that is out is of step 0"):
-        curriculum.observe(outcomes(3, [0], [1.0]))
-    with pytest.raises(ValueError, match="are not those of its draw"):
-        curriculum.observe(outcomes(0, [(draw.source_ids[0] + 1) % 3], [1.0]))
-    curriculum.observe(answer(draw))
+        curriculum.observe(dataclasses.replace(good, step=3))
+    for field in ("source_ids", "prompt_ids"):
+        with pytest.raises(ValueError, match=f"{field} of the outcomes of step 0 are not those of its draw"):
+            curriculum.observe(dataclasses.replace(good, **{field: getattr(good, field) + 1}))
+    with pytest.raises(ValueError, match=r"group_ids of step 0 are not all in 0\.\.7"):
+        curriculum.observe(dataclasses.replace(good, group_ids=good.group_ids + 1))
+    curriculum.observe(good)
 
 
-def test_validation_cannot_reach_the_estimator():
-    """Outcomes count only for the draw that is out, once: whatever else is scored has no way in."""
-    curriculum = make()
-    draw = run(curriculum, 1)[0]
-    before = curriculum.digest()
-    with pytest.raises(RuntimeError, match="no draw is out"):
-        curriculum.observe(answer(draw))
-    assert curriculum.digest() == before
-
-
-@pytest.mark.parametrize("name", ["uniform", "proportional", "dump_ucb"])
-def test_a_resumed_run_draws_the_same(name):
-    """Seven rows of `a`, eight prompts a step: the state is saved in the middle of epochs and past their borders."""
-    rows = ["a"] * 7 + ["b"] * 11 + ["c"] * 90
-    whole, first, second = (make(name, rows=rows) for _ in range(3))
-    expected = run(whole, 12)
-    run(first, 5)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.digest() == first.digest()
-    assert_same(run(second, 7), expected[5:])
-    assert second.digest() == whole.digest() and second.metrics() == whole.metrics()
+def test_asynchronous_outcomes_come_in_any_order_and_in_parts():
+    curriculum = make("dump_ucb_robust", staleness=2)
+    draws = [curriculum.draw(step) for step in range(3)]
+    with pytest.raises(RuntimeError, match=r"draw\(3\) before the outcomes of step 0"):
+        curriculum.draw(3)
+    first = answer(draws[0])
+    early = first.group_ids < 5
+    half, rest = (
+        Outcomes(**{f.name: getattr(first, f.name) if f.name == "step" else getattr(first, f.name)[mask]
+                    for f in dataclasses.fields(first)})
+        for mask in (early, ~early)
+    )  # fmt: skip
+    curriculum.observe(answer(draws[1]))
+    curriculum.observe(half)
+    with pytest.raises(ValueError, match="group 0 of step 0 was observed already"):
+        curriculum.observe(first)
+    assert [d.step for d in curriculum.outstanding()] == [0, 2]
+    resumed = make("dump_ucb_robust", staleness=2)
+    resumed.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    assert_same(resumed.outstanding(), curriculum.outstanding())  # nothing that is out is lost
+    for one in (curriculum, resumed):
+        one.observe(rest)
+        one.observe(answer(draws[2]))
+        assert one.outstanding() == []
+    assert resumed.digest() == curriculum.digest()
+    assert_same(run(resumed, 3), run(curriculum, 3))
 
 
 @pytest.mark.parametrize(
@@ -287,20 +254,55 @@ def test_a_resumed_run_draws_the_same(name):
         ({"fingerprint": "other"}, "curriculum fingerprint differs: the checkpoint has 'data', this run 'other'"),
         (
             {"rows": ["a", "z"]},
-            r"curriculum sources differs: the checkpoint has \['a', 'b', 'c'\], this run \['a', 'z'\]",
+            r"curriculum source names differs: the checkpoint has \['a', 'b', 'c'\], this run \['a', 'z'\]",
         ),
-        ({"name": "uniform"}, "curriculum source_policy differs: .*dump_ucb.*uniform"),
-        ({"temperature": 0.2}, "curriculum source_policy differs: .*'temperature': 0.1.*'temperature': 0.2"),
+        ({"name": "uniform"}, "curriculum sources differs: .*dump_ucb.*uniform"),
+        ({"temperature": 0.2}, "curriculum sources differs: .*'temperature': 0.1.*'temperature': 0.2"),
+        ({"prompts": "cures"}, "curriculum prompts differs: .*epoch.*cures"),
         ({"seed": 8}, "curriculum seed differs: the checkpoint has 7, this run 8"),
     ],
 )
 def test_a_resume_that_would_differ_is_refused(changed, message):
     curriculum = make()
     run(curriculum, 1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         make(**changed).load_state_dict(curriculum.state_dict())
+    assert "trainer.grpo.curriculum.resume_changed=allow" in str(error.value)
 
 
+def test_an_allowed_change_keeps_what_fits_by_name_and_says_what_it_reset():
+    before = make(prompts="cures")
+    run(before, 6)
+    rows = ["b"] * 50 + ["new"] * 10 + ["c"] * 30  # a is gone, new has come
+    after = make(prompts="cures", rows=rows, fingerprint="other")
+    notes = after.load_state_dict(before.state_dict(), allow_changes=True)
+    assert after.step == 6 and after.sources == ["b", "c", "new"]
+    old, new = before._source_policy.metrics(), after._source_policy.metrics()
+    assert new["mean_abs_adv"][:2].tolist() == old["mean_abs_adv"][1:].tolist() and new["mean_abs_adv"][2] == 0
+    assert notes == [
+        "curriculum source names was ['a', 'b', 'c'], is ['b', 'c', 'new']",
+        "curriculum fingerprint was 'data', is 'other'",
+        "curriculum prompt_policy starts afresh",
+        "curriculum pass_rates starts afresh",
+    ]
+    run(after, 3)
+
+    other_policy = make("sec", prompts="cures")
+    notes = other_policy.load_state_dict(before.state_dict(), allow_changes=True)
+    assert any(note.startswith("curriculum source_policy: ") for note in notes)
+    probe = np.arange(100)
+    assert np.array_equal(other_policy._pass_rates.mean(probe), before._pass_rates.mean(probe))  # same data: kept
+    run(other_policy, 3)
+
+
+def test_the_state_is_small_json():
+    rows = [f"source {k}" for k in range(1000) for _ in range(100)]
+    curriculum = make(rows=rows, n_prompts=256, group=8, prompts="cures", budget="neyman")
+    run(curriculum, 5)
+    assert len(json.dumps(curriculum.state_dict())) < 1_000_000
+
+
+# --------------------------------------------------------------------------------------------- metrics and guards
 def test_metrics_say_what_the_step_was_drawn_with():
     curriculum = make()
     run(curriculum, 1)
@@ -322,28 +324,97 @@ def test_metrics_say_what_the_step_was_drawn_with():
     assert "curriculum/a/ucb" not in make("uniform").metrics()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 6), st.integers(1, 4))
+def test_audits_reach_every_source_in_every_window(seed, every, prompts):
+    """Even if the policy wants one source only."""
+    blocks = {"audit": {"every": every, "prompts": prompts}}
+    rows = [f"s{k}" for k in range(4) for _ in range(50)]
+    weights = {"s0": 1, "s1": 0, "s2": 0, "s3": 0}
+    curriculum = make("static", rows=rows, seed=seed, blocks=blocks, weights=weights)
+    draws = run(curriculum, 3 * every)
+    for window in range(3):
+        drawn = np.concatenate([d.source_ids for d in draws[window * every : (window + 1) * every]])
+        counts = np.bincount(drawn, minlength=4)
+        assert counts[1:].tolist() == [prompts] * 3  # the minimum, and no more than that is taken away
+
+
+def test_an_audit_that_cannot_be_is_refused():
+    blocks = {"audit": {"every": 2, "prompts": 6}}
+    with pytest.raises(ValueError, match=r"audit\.every: 2 steps of 8 prompts cannot hold 6 of each of 3 sources; set"):
+        make(blocks=blocks)
+
+
+def test_the_alarm_tells_a_broken_verifier_from_a_hard_source():
+    """Both score 0 for ever and look alike to a bandit; only unreadable answers mean that something is broken."""
+    curriculum = make("uniform", n_prompts=24, blocks={"alarm": {"after": 40}})
+    a, b = 0, 1  # a: nothing can be read; b: hard but read; c: fine
+
+    def broken(draw: Draw) -> Outcomes:
+        results = answer(draw)
+        hopeless = (results.source_ids == a) | (results.source_ids == b)
+        rewards = np.where(hopeless, 0.0, results.rewards)
+        return dataclasses.replace(results, rewards=rewards, correct=rewards > 0, well_formed=results.source_ids != a)
+
+    run(curriculum, 4, broken)
+    assert list(curriculum.alarms()) == ["a"]
+    assert "verifier or prompt format broken?" in curriculum.alarms()["a"]
+    assert [curriculum.metrics()[f"curriculum/{s}/alarm"] for s in "abc"] == [1, 0, 0]
+    assert curriculum.metrics()["curriculum/a/format_failure"] == 1
+    run(curriculum, 1)  # repaired
+    assert curriculum.alarms() == {}
+
+
+def test_an_alarm_about_cut_answers_names_the_length_limit():
+    curriculum = make("uniform", blocks={"alarm": {"after": 8}})
+    zeros = np.zeros(32)
+    run(curriculum, 2, lambda draw: answer(draw, zeros, well_formed=zeros > 0, finished=zeros > 0))
+    assert "max_length too small?" in next(iter(curriculum.alarms().values()))
+
+
+@pytest.mark.parametrize(("sources", "prompts", "budget"), EVERYTHING)
+def test_missing_rewards_teach_nothing_and_are_counted(sources, prompts, budget):
+    """NaN and infinite rewards: the draws that follow are finite, and the count names the source."""
+
+    def damaged(draw: Draw) -> Outcomes:
+        results = answer(draw)
+        rewards = np.where(results.samples == 0, np.nan, np.where(results.samples == 1, np.inf, results.rewards))
+        rewards = np.where(results.source_ids == 0, np.nan, rewards)
+        clean = answer(draw, rewards)
+        return dataclasses.replace(clean, correct=results.correct)
+
+    curriculum = full(sources, prompts, budget)
+    for draw in run(curriculum, 5, damaged):
+        assert np.all(np.isfinite(draw.weights)) and abs(draw.weights.sum() - 1) < 1e-12
+    metrics = curriculum.metrics()
+    assert all(np.isfinite(v) for v in metrics.values())
+    for source in "abc":
+        if metrics[f"curriculum/{source}/n_rollouts"]:
+            assert metrics[f"curriculum/{source}/n_dropped"] > 0
+
+
 # ---------------------------------------------------------------------------------------------------- configuration
 @pytest.mark.parametrize(
-    ("block", "message"),
+    ("blocks", "message"),
     [
-        ({"name": "dump"}, r"curriculum\.sources\.name: 'dump' is unknown; known: dump_ucb, proportional, uniform"),
-        ({"name": "dump_ucb", "windw": 3}, r"sources\.windw: no such option \(value 3\); options of dump_ucb: expl"),
-        ({"name": "uniform", "floor": 0.1}, r"sources\.floor: no such option .* options of uniform: none"),
-        ({"name": "dump_ucb", "temperature": 0}, r"sources\.temperature: 0 must be a number >= 1e-06"),
-        ({"name": "dump_ucb", "floor": 1.5}, r"sources\.floor: 1.5 must be a number in \[0, 1\]"),
-        ({"name": "dump_ucb", "window": 2.5}, r"sources\.window: 2.5 must be an integer >= 1"),
-        ({"name": "dump_ucb", "exploration": math.nan}, r"sources\.exploration: nan must be a number"),
+        ({"filter": {"name": "dapo"}}, r"curriculum\.filter\.name: 'dapo' is unknown; known: none, zero_variance"),
+        ({"filter": {"name": "none", "cap": 1}}, r"filter\.cap: no such option \(value 1\); options of none: none"),
+        ({"audit": {"evry": 3}}, r"curriculum\.audit\.evry: no such option \(value 3\); options of audit: every, pro"),
+        ({"alarm": {"after": 0}}, r"curriculum\.alarm\.after: 0 must be an integer >= 1"),
+        ({"alarm": {"format_failure": 2}}, r"curriculum\.alarm\.format_failure: 2 must be a number in \[0, 1\]"),
+        ({"pass_rates": {"prior": "none"}}, r"curriculum\.pass_rates\.prior: 'none'"),
+        ({"pass_rates": [1]}, r"curriculum\.pass_rates: \[1\] must be a block"),
     ],
 )
-def test_configuration_errors_name_key_value_and_remedy(block, message):
+def test_configuration_errors_name_key_value_and_remedy(blocks, message):
     with pytest.raises(ValueError, match=message) as error:
-        make_source_policy(block, [1, 1])
+        make(blocks=blocks)
     assert "\n" not in str(error.value)
 
 
 def test_missing_blocks_and_empty_data_are_refused():
     with pytest.raises(ValueError, match=r"trainer\.grpo\.curriculum\.budget: None must be a block with a name"):
-        Curriculum(ROWS, 8, 4, 0, {"sources": {"name": "uniform"}, "prompts": {"name": "epoch"}}, "data")
+        Curriculum(ROWS, 8, 4, 0, {k: v for k, v in config().items() if k != "budget"}, "data")
     with pytest.raises(ValueError, match="the data set has no rows"):
         make(rows=[])
     with pytest.raises(ValueError, match="samples_per_prompt: 0 must be at least 1"):

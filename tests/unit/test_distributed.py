@@ -11,10 +11,17 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dump.curriculum import MegatronCurriculumBatchSampler
-from megatron_dump.distributed import DrawBroadcast, agree, broadcast_array, fail_together, gather_outcomes
-from megatron_dump.types import Draw, Outcomes
+from megatron_dump.distributed import (
+    DrawBroadcast,
+    agree,
+    broadcast_array,
+    fail_together,
+    gather_completions,
+    gather_outcomes,
+)
+from megatron_dump.types import Completion, Draw, Outcomes
 from tests.distributed.launch import RankFailed, run_ranks
-from tests.unit.test_curriculum import ROWS, answer, make
+from tests.unit.curricula import ROWS, answer, make
 
 DRAW = Draw(
     step=3,
@@ -22,6 +29,8 @@ DRAW = Draw(
     source_ids=np.array([1, 0, 1]),
     rollouts=np.array([4, 2, 4]),
     weights=np.array([0.1, 1.0 - 0.1]),
+    first_group=8,
+    train=False,
 )
 
 
@@ -38,13 +47,16 @@ def raised(fn) -> str:
     return str(error.value)
 
 
-def rollouts(keys, step=3) -> tuple[Outcomes, np.ndarray]:
+def rollouts(keys, step=3) -> Outcomes:
     """Outcomes of the (group_id, sample) pairs `keys`, all values a function of the pair."""
     group_ids, samples = np.array(keys, np.int64).reshape(-1, 2).T
     value = 10.0 * group_ids + samples
     flag = (group_ids + samples) % 2 == 0
     lengths = value.astype(np.int64)
-    return Outcomes(step, group_ids, group_ids % 2, value / 3, -value / 7, flag, ~flag, lengths, flag), samples
+    rows, ages = group_ids * 2**40, samples + 1
+    return Outcomes(
+        step, group_ids, samples, rows, group_ids % 2, value / 3, -value / 7, flag, ~flag, lengths, flag, ~flag, ages
+    )
 
 
 KEYS = [(g, s) for g in range(4) for s in range(3)]
@@ -52,7 +64,7 @@ KEYS = [(g, s) for g in range(4) for s in range(3)]
 
 def test_a_draw_arrives_bit_for_bit():
     def fn():
-        broadcast = DrawBroadcast(n_prompts=3, n_sources=2)
+        broadcast = DrawBroadcast(n_prompts=5, n_sources=2)  # room for more than this round has
         assert broadcast.is_source == (dist.get_rank() == 0)
         return broadcast.draw(DRAW if broadcast.is_source else None)
 
@@ -61,18 +73,18 @@ def test_a_draw_arrives_bit_for_bit():
 
 def test_a_source_without_a_draw_fails_every_rank():
     def fn():
-        broadcast = DrawBroadcast(n_prompts=4, n_sources=2)
+        broadcast = DrawBroadcast(n_prompts=2, n_sources=2)
         other_size = raised(lambda: broadcast.draw(DRAW if broadcast.is_source else None))
         return other_size, raised(lambda: broadcast.draw(None))
 
-    assert run_ranks(fn, 2) == [("no draw of 4 prompts and 2 sources came from the curriculum's rank",) * 2] * 2
+    assert run_ranks(fn, 2) == [("no draw of at most 2 prompts and 2 sources came from the curriculum's rank",) * 2] * 2
 
 
 def test_the_sampler_gives_ranks_their_parts_of_one_draw():
     """Only rank 0 has a curriculum; a refused draw is an error on both ranks, and nobody waits."""
 
     def fn():
-        rank, curriculum = dist.get_rank(), make(prompts=16) if dist.get_rank() == 0 else None
+        rank, curriculum = dist.get_rank(), make(n_prompts=16) if dist.get_rank() == 0 else None
         broadcast = DrawBroadcast(n_prompts=16, n_sources=3)
         sampler = MegatronCurriculumBatchSampler(
             len(ROWS), 0, 4, 16, rank, 2, curriculum=curriculum, broadcast=broadcast
@@ -118,24 +130,41 @@ def test_outcomes_are_gathered_in_global_order_whatever_the_split(split):
     shuffled = [KEYS[i] for i in np.random.default_rng(0).permutation(len(KEYS))]
 
     def fn():
-        return gather_outcomes(*rollouts(shuffled[split[dist.get_rank()]]))
+        return gather_outcomes(rollouts(shuffled[split[dist.get_rank()]]))
 
-    expected, _ = rollouts(KEYS)
+    expected = rollouts(KEYS)
     assert all(same(outcomes, expected) for outcomes in run_ranks(fn, 3))
-    assert same(gather_outcomes(*rollouts(shuffled)), expected)
+    assert same(gather_outcomes(rollouts(shuffled)), expected)
 
 
 def test_nan_and_empty_outcomes_survive_the_gather():
-    local, samples = rollouts([(0, 0)])
-    gathered = gather_outcomes(dataclasses.replace(local, rewards=np.array([np.nan])), samples)
+    gathered = gather_outcomes(dataclasses.replace(rollouts([(0, 0)]), rewards=np.array([np.nan])))
     assert np.isnan(gathered.rewards[0])
-    assert gather_outcomes(*rollouts([])).group_ids.shape == (0,)
+    assert gather_outcomes(rollouts([])).group_ids.shape == (0,)
+
+
+@pytest.mark.parametrize("split", [(slice(0, 1), slice(1, 5), slice(5, 12)), (slice(0, 0), slice(0, 12), slice(0, 0))])
+def test_completions_are_gathered_whole_whatever_the_split(split):
+    rng = np.random.default_rng(0)
+    sampled = [
+        Completion(g, s, rng.integers(0, 2**40, n := rng.integers(1, 9)), rng.normal(size=n).astype(np.float32),
+                   bool(s % 2), g + 2)
+        for g, s in KEYS
+    ]  # fmt: skip
+    shuffled = [sampled[i] for i in rng.permutation(len(KEYS))]
+
+    def fn():
+        return gather_completions(shuffled[split[dist.get_rank()]])
+
+    for gathered in run_ranks(fn, 3):
+        assert all(same(ours, theirs) for ours, theirs in zip(gathered, sampled, strict=True))
+    assert gather_completions([]) == []
 
 
 def test_gathering_twice_the_same_or_other_steps_is_refused_everywhere():
     def fn():
-        twice = raised(lambda: gather_outcomes(*rollouts([(1, 2)])))
-        return twice, raised(lambda: gather_outcomes(*rollouts([(dist.get_rank(), 0)], step=dist.get_rank())))
+        twice = raised(lambda: gather_outcomes(rollouts([(1, 2)])))
+        return twice, raised(lambda: gather_outcomes(rollouts([(dist.get_rank(), 0)], step=dist.get_rank())))
 
     expected = (
         "gather_outcomes: sample 2 of group 1 came from two ranks",

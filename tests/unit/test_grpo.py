@@ -6,13 +6,14 @@ import itertools
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dump import grpo
+from megatron_dump import config, grpo
 from megatron_dump.actor.logprobs import vocab_parallel_logprobs
 from tests.distributed.launch import run_ranks
 
@@ -113,3 +114,37 @@ def test_vocab_parallel_logprobs_equal_a_dense_softmax(size):
     gradient = torch.cat([g for *_, g in results], -1)
     torch.testing.assert_close(gradient[..., :13], dense.grad)
     assert not gradient[..., 13:].any()
+
+
+ROLLOUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=12)
+
+
+@given(ROLLOUTS, st.sampled_from(grpo.LOSS_AGG_MODES))
+def test_loss_weights_are_the_means_they_are_called(rollouts, mode):
+    """The weighted token sum over the number of tokens equals the nested means, written out."""
+    groups, lengths = np.array(rollouts).T
+    sizes = np.bincount(groups)[groups]
+    per_token = np.sin(np.arange(len(groups)))  # what each token of a rollout adds to the loss
+    weighted = (grpo.loss_weights(mode, groups, lengths, sizes) * per_token * lengths).sum() / lengths.sum()
+    of_group = {g: [per_token[i] for i in np.flatnonzero(groups == g)] for g in set(groups.tolist())}
+    expected = {
+        "token-mean": sum(x * n for x, n in zip(per_token, lengths, strict=True)) / lengths.sum(),
+        "seq-mean-token-mean": statistics.fmean(per_token),
+        "prompt-mean": statistics.fmean([statistics.fmean(values) for values in of_group.values()]),
+    }[mode]
+    assert weighted == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_the_loss_counts_a_row_as_often_as_its_weight_says():
+    torch.manual_seed(2)
+    logprobs, old = torch.randn(2, 3), torch.randn(2, 3)
+    advantages, mask = torch.tensor([1.0, -2.0]), torch.ones(2, 3)
+    weighted, _ = grpo.policy_loss(logprobs, old, advantages, mask, 1.0, weights=torch.tensor([2.0, 0.0]))
+    first, _ = grpo.policy_loss(logprobs[:1], old[:1], advantages[:1], mask[:1], 1.0)
+    assert weighted.item() == pytest.approx(2 * first.item())
+
+
+def test_the_modes_of_the_configuration_are_those_of_the_loss():
+    assert config.LOSS_AGG_MODES == grpo.LOSS_AGG_MODES
+    with pytest.raises(ValueError, match="loss_agg_mode 'mean' is unknown; known: token-mean"):
+        grpo.loss_weights("mean", np.zeros(1, int), np.ones(1, int), np.ones(1, int))

@@ -32,8 +32,12 @@ def step_metrics(drawn: tuple[str, ...] = ("kk_logic_2", "kk_logic_3")) -> dict[
     return metrics
 
 
-def read(log_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+def alarm(step: int, **changes) -> dict:
+    return {"step": step, "kind": "alarm", "source": "kk_logic_3", "message": "none right", **changes}
+
+
+def read(log_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (log_dir / name).read_text().splitlines()]
 
 
 def test_each_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
@@ -56,6 +60,8 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     monitor.truncate_after(3)
     monitor.log_step(1, step_metrics())
     monitor.log_validation(1, {"kk_logic_2": {"accuracy": 0.5}}, {"kk_logic_2": [0.5]})
+    monitor.log_curriculum({"step": 1, "event": "draw"})
+    monitor.log_events([alarm(1)])
     monitor.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -109,6 +115,44 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_events_are_kept_and_printed_as_they_come(tmp_path, capsys):
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    monitor.log_events([])
+    assert not (tmp_path / "events.jsonl").exists() and not capsys.readouterr().out
+    rows = [
+        alarm(3),
+        {"step": 3, "kind": "short_batch", "source": None, "message": "12 of 16 groups:\n[all] that vary"},
+        {"step": 4, "kind": "notice", "source": "kk_logic_3", "message": "the alarm is over " + 100 * "x"},
+    ]
+    monitor.log_events(rows[:2])
+    assert capsys.readouterr().out.splitlines() == [
+        "warning at step 3: kk_logic_3: none right",
+        "warning at step 3: 12 of 16 groups: [all] that vary",
+    ]
+    monitor.log_events(rows[2:])
+    assert capsys.readouterr().out.splitlines() == [f"notice at step 4: kk_logic_3: {rows[2]['message']}"]
+    assert read(tmp_path, "events.jsonl") == rows
+
+
+def test_a_resume_forgets_later_events_and_decisions(tmp_path):
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    decisions = [{"step": 0, "event": "header"}]
+    decisions += [
+        {"step": s, "event": kind, "x": [0.1 + 0.2, None, "inf"]} for s in (1, 2, 3) for kind in ("draw", "observe")
+    ]
+    for decision in decisions:
+        monitor.log_curriculum(decision)
+    monitor.log_events([alarm(2), alarm(3)])
+    with (tmp_path / "curriculum.jsonl").open("a") as file:
+        file.write('{"step": 4, "ev')  # the process died here
+    Monitor(tmp_path, SOURCES, 10, 0, {}).truncate_after(2)
+    assert read(tmp_path, "curriculum.jsonl") == decisions[:5]
+    assert read(tmp_path, "events.jsonl") == [alarm(2)]
+    monitor.start_over()
+    assert read(tmp_path / "previous_1", "events.jsonl") == [alarm(2)]
+    assert not (tmp_path / "events.jsonl").exists()
+
+
 def test_live_view_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     for name, value in {"TERM": "xterm", "COLUMNS": "110", "LINES": "40"}.items():
@@ -116,9 +160,11 @@ def test_live_view_on_a_terminal(tmp_path, monkeypatch):
     terminal = sys.stdout
     monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
     monitor.log_step(1, step_metrics())
+    monitor.log_events([alarm(1)])
     monitor.log_step(2, step_metrics())
     monitor.close()
     out = terminal.getvalue()
+    assert out.count("warning at step 1: kk_logic_3: none right") == 1  # above the view, not in it
     for expected in ("step 2/10", "ETA 0:00:48", "gen 3.0 · step 6.0", "grad_norm 0.500", "kk_logic_10", "━"):
         assert expected in out
     assert "\x1b[" in out

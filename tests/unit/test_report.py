@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megatron_dump.report import read_run, write_report
+from megatron_dump.report import draw_figure, read_run, write_report
 
 
 def write_run(log_dir: Path, n_sources: int, n_steps: int, seed: int = 0) -> None:
@@ -119,6 +119,52 @@ def test_a_run_without_validation_kl_or_samples(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html_path, _ = write_report(tmp_path)
     assert "Sample completions" not in html_path.read_text()
+
+
+def _with_events(log_dir: Path, events: list[dict]) -> str:
+    """The page of a run of 12 sources with events."""
+    write_run(log_dir, 12, 30)
+    (log_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return write_report(log_dir)[0].read_text()
+
+
+def test_events_have_a_table_and_alarms_a_mark_on_the_weights(tmp_path):
+    dropped = [{"step": s, "kind": "dropped", "source": "kk_logic_5", "message": f"{s} NaN"} for s in range(1, 31)]
+    short = [{"step": s, "kind": "short_batch", "source": None, "message": "12 of 16"} for s in range(1, 31)]
+    alarms = [{"step": s, "kind": "alarm", "source": "kk_logic_9", "message": "none <right>"} for s in (7, 29)]
+    events = sorted([*dropped, *short, *alarms], key=lambda event: event["step"])
+    page = _with_events(tmp_path / "kk", events)
+    table = re.search(r'<h2>Events</h2><table class="events">(.*?)</table>', page)
+    assert table is not None
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in table[1].split("<tr>")[2:]]
+    assert cells[0] == ["30", "short batch", "–", "12 of 16"]  # the latest first
+    assert len(cells) == 50
+    assert ["29", "alarm", "kk_logic_9", "none &lt;right&gt;"] in cells
+    assert "Earlier, in events.jsonl: 6 × dropped, 6 × short batch." in page  # 62 events, 50 shown
+
+    (weights, *_) = draw_figure(read_run(tmp_path / "kk")).axes
+    (marks,) = weights.get_lines()
+    assert list(marks.get_xdata()) == [7, 29]
+    assert weights.get_title(loc="right") == "▼ alarm"
+
+
+def test_a_run_without_events_or_format_failures_has_no_word_of_them(tmp_path):
+    write_run(tmp_path / "kk", 2, 3)
+    page = write_report(tmp_path / "kk")[0].read_text()
+    assert "Events" not in page and "format failures" not in page
+    assert draw_figure(read_run(tmp_path / "kk")).axes[0].get_title(loc="right") == ""
+
+
+def test_format_failures_have_a_column(tmp_path):
+    rows = [
+        {"step": s, "curriculum/a/weight": 0.5, "curriculum/b/weight": 0.5, "curriculum/a/format_failure": 0.25 * s}
+        for s in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path)[0].read_text()
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in page.split("<h2>Sources</h2>")[1].split("<tr>")[1:4]]
+    assert [line[-1] for line in lines] == ["format failures", "0.500", "–"]  # b was never drawn
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_errors_are_one_clear_line(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch.utils.data
 
 from megatron_dump.curriculum import Curriculum, MegatronCurriculumBatchSampler
-from tests.unit.test_curriculum import ROWS, answer, assert_same, make, run
+from tests.unit.curricula import ROWS, answer, assert_same, make, run
 
 
 def sampler(curriculum: Curriculum | None, rank=0, ranks=1, micro=2, prompts=16, consumed=0, **options):
@@ -33,7 +33,7 @@ class Replay:
 
 @pytest.mark.parametrize("block_size", [8, 16])
 def test_ranks_partition_every_block_alike_for_any_data_parallel_size(block_size):
-    draw = make(prompts=16).draw(0)
+    draw = make(n_prompts=16).draw(0)
     for ranks in (1, 2, 4):
         shares = [sampler(None, r, ranks, broadcast=Replay(), block_size=block_size).share(draw) for r in range(ranks)]
         parts = np.stack([share.reshape(16 // block_size, -1) for share in shares], axis=1)
@@ -41,14 +41,14 @@ def test_ranks_partition_every_block_alike_for_any_data_parallel_size(block_size
 
 
 def test_default_blocks_follow_megatron():
-    draw = make(prompts=16).draw(0)
+    draw = make(n_prompts=16).draw(0)
     assert sampler(None, 1, 2, broadcast=Replay()).share(draw).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
 
 
 def test_a_changed_data_parallel_size_draws_the_same():
     steps = []
     for ranks in (1, 2, 4):
-        curriculum, draws = make(prompts=16), []
+        curriculum, draws = make(n_prompts=16), []
         for step in range(4):
             source = sampler(curriculum, 0, ranks, consumed=16 * step)
             draws.append(source.next_draw())
@@ -60,7 +60,7 @@ def test_a_changed_data_parallel_size_draws_the_same():
 
 
 def test_one_iteration_is_one_step():
-    source = sampler(make(prompts=16), ranks=2)
+    source = sampler(make(n_prompts=16), ranks=2)
     batches = list(source)
     assert len(batches) == len(source) == 4 and source.step == 1 and source.drop_last
     assert [*chain.from_iterable(batches)] == source.last_draw.prompt_ids[source.share(source.last_draw)].tolist()
@@ -72,7 +72,7 @@ def test_one_iteration_is_one_step():
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_prefetching_loader_gets_fresh_weights(persistent):
     """The weights a step was drawn with are those after the step before it, with two workers prefetching ahead."""
-    curriculum, reference = make(prompts=16), make(prompts=16)
+    curriculum, reference = make(n_prompts=16), make(n_prompts=16)
     source = sampler(curriculum)
     loader = torch.utils.data.DataLoader(
         list(range(len(ROWS))),
@@ -93,7 +93,7 @@ def test_a_prefetching_loader_gets_fresh_weights(persistent):
 
 
 def test_other_ranks_take_the_draw_they_are_given():
-    draws = run(make(prompts=16), 2)
+    draws = run(make(n_prompts=16), 2)
     source = sampler(None, 1, 2, broadcast=Replay(*draws))
     for draw in draws:
         assert [*chain.from_iterable(source)] == draw.prompt_ids[source.share(draw)].tolist()
@@ -117,5 +117,5 @@ def test_other_ranks_take_the_draw_they_are_given():
 )
 def test_errors_do_the_sum(options, message):
     with pytest.raises(ValueError, match=message) as error:
-        sampler(make(prompts=16), **options)
+        sampler(make(n_prompts=16), **options)
     assert "\n" not in str(error.value)

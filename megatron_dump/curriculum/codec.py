@@ -1,0 +1,93 @@
+"""Draws and outcomes as JSON: every number survives exactly, NaN and infinities too, for which JSON has no form.
+
+A column [N] is a list, or its one value where all are the same; floats are written so that they read back bit for bit,
+NaN as null, infinities as "inf" and "-inf"; a bool column is a string such as "0110".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_dump.types import Draw, Outcomes
+
+OUTCOME_COLUMNS: dict[str, type] = {
+    "samples": int, "prompt_ids": int, "source_ids": int, "rewards": float, "advantages": float, "correct": bool,
+    "well_formed": bool, "lengths": int, "finished": bool, "kept": bool,
+}  # fmt: skip
+_ZERO = np.uint8(ord("0"))
+
+
+def draw_to_json(draw: Draw) -> dict[str, Any]:
+    """`step` counts from 0, as in the Draw."""
+    return {
+        "step": int(draw.step),
+        "first_group": int(draw.first_group),
+        "train": bool(draw.train),
+        "prompt_ids": np.asarray(draw.prompt_ids, np.int64).tolist(),
+        "source_ids": np.asarray(draw.source_ids, np.int64).tolist(),
+        "rollouts": _pack(draw.rollouts, int),
+        "weights": floats_to_json(draw.weights),
+    }
+
+
+def draw_from_json(row: Mapping[str, Any]) -> Draw:
+    """The Draw that `draw_to_json` was given. ValueError for columns of different lengths."""
+    n = len(row["prompt_ids"])
+    prompt_ids, source_ids, rollouts = (_unpack(row, name, int, n) for name in ("prompt_ids", "source_ids", "rollouts"))
+    weights = floats_from_json(row["weights"])
+    return Draw(row["step"], prompt_ids, source_ids, rollouts, weights, row["first_group"], row["train"])
+
+
+def outcomes_to_json(outcomes: Outcomes) -> dict[str, Any]:
+    """`step` counts from 0, as in the Outcomes; `ages` only where some rollout is older than 0."""
+    columns = {name: _pack(getattr(outcomes, name), kind) for name, kind in OUTCOME_COLUMNS.items()}
+    groups = np.asarray(outcomes.group_ids, np.int64).tolist()  # never compact: it tells how many rollouts there are
+    ages = {"ages": _pack(outcomes.ages, int)} if np.any(outcomes.ages) else {}
+    return {"step": int(outcomes.step), "group_ids": groups, **columns, **ages}
+
+
+def outcomes_from_json(row: Mapping[str, Any]) -> Outcomes:
+    """The Outcomes that `outcomes_to_json` was given. ValueError for columns of different lengths."""
+    n = len(row["group_ids"])
+    columns = {name: _unpack(row, name, kind, n) for name, kind in OUTCOME_COLUMNS.items()}
+    ages = _unpack(row, "ages", int, n) if "ages" in row else np.zeros(n, np.int64)
+    return Outcomes(step=row["step"], group_ids=_unpack(row, "group_ids", int, n), **columns, ages=ages)
+
+
+def floats_to_json(values: np.ndarray | Sequence[float]) -> list[float | str | None]:
+    """float64 [N] -> N numbers; null for NaN, "inf" and "-inf"."""
+    array = np.asarray(values, np.float64)
+    if np.all(np.isfinite(array)):
+        return array.tolist()
+    return [v if math.isfinite(v) else None if math.isnan(v) else str(v) for v in array.tolist()]
+
+
+def floats_from_json(values: Sequence[float | str | None]) -> np.ndarray:
+    """The float64 [N] that `floats_to_json` was given."""
+    return np.array([math.nan if v is None else float(v) for v in values], np.float64)
+
+
+def _pack(column: np.ndarray, kind: type) -> Any:
+    array = np.asarray(column, {bool: np.bool_, int: np.int64, float: np.float64}[kind])
+    bits = array.view(np.int64) if kind is float else array  # bits: 0.0 equals -0.0, and NaN not itself
+    constant = array.size > 0 and bool(np.all(bits == bits[0]))
+    if kind is bool:
+        return bool(array[0]) if constant else (array + _ZERO).tobytes().decode()
+    values = floats_to_json(array[:1] if constant else array) if kind is float else array.tolist()
+    return values[0] if constant else values
+
+
+def _unpack(row: Mapping[str, Any], name: str, kind: type, n: int) -> np.ndarray:
+    packed = row[name]
+    if kind is bool:
+        values = np.frombuffer(packed.encode(), np.uint8) > _ZERO if isinstance(packed, str) else np.full(n, packed)
+    else:
+        values = packed if isinstance(packed, list) else [packed] * n
+        values = floats_from_json(values) if kind is float else np.array(values, np.int64)
+    if len(values) != n:
+        raise ValueError(f"{name} has {len(values)} values for {n} rows")
+    return values

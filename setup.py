@@ -21,6 +21,7 @@ setup(
         "numpy",
         "pyarrow",
         "hydra-core>=1.3",
+        "math-verify[antlr4_9_3]>=0.9,<0.10",  # hydra pins the same antlr; newer ones cannot read its grammar
         "omegaconf>=2.3",
         "transformers>=5",
         "safetensors",

@@ -78,6 +78,7 @@ def main() -> int:
         OmegaConf.save(raw, log_dir / "config.yaml", resolve=True)
     trainer.fit()
     trainer.monitor.close()
+    trainer.collector.scorer.close()
     if dist.get_rank() == 0:
         from megatron_dump.report import write_report
 

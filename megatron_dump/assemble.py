@@ -20,6 +20,7 @@ from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import DrawBroadcast, Replica
 from megatron_dump.monitor import Monitor
+from megatron_dump.rewards import reward_functions
 from megatron_dump.rollout import Generator
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
@@ -44,7 +45,8 @@ def build_trainer(config: Config) -> GRPOTrainer:
     validation = None
     if model.data.validation_files:
         validation = load_data(config, tokenizer, model.data.validation_files, "model.data.validation_files")
-    scorer = Scorer(model.data.rewards, sorted({*train.sources, *(validation.sources if validation else ())}))
+    sources = sorted({*train.sources, *(validation.sources if validation else ())})
+    reward_functions(model.data.rewards, sources)  # tells on every rank what is wrong with them
     curriculum = Curriculum(
         train.source_of_rows,
         grpo.num_prompts_per_grpo_step,
@@ -65,7 +67,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_positions(config, actor, [d for d in (train, validation) if d is not None])
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
-    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device)
+    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     return GRPOTrainer(
         config=grpo,
         settings=schema.lasting(config),
@@ -77,7 +79,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         actor=actor,
         collector=Collector(
             generator=generator,
-            scorer=scorer,
+            scorer=Scorer(model.data.rewards, sources, replica, **vars(model.data.reward_workers)),
             dataset=train,
             sampler=make_sampler(config, curriculum, grid),
             filter=curriculum.filter,

@@ -14,7 +14,7 @@ from megatron_dump.batches import share_of_draw
 from megatron_dump.curriculum.filters import Filter
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, fail_together, gather_outcomes
+from megatron_dump.distributed import Replica, gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, local_outcomes
 from megatron_dump.types import Completion, Draw, Outcomes, Prompt, Score
@@ -80,15 +80,15 @@ class Collector:
         prompts = {r.group_id: r.prompt for r in requests}
         with watch("gen"):
             completions = self.generator.generate(draw.step, requests) if requests else []
-        with watch("reward"), fail_together("reward", device=self.replica.device):
-            scores = self.scorer.score(completions, prompts)
+        with watch("reward"):
+            scores = self.scorer.score("reward", completions, prompts)
         with watch("adv"):
             ages = [self.age(c) for c in completions]
             local = local_outcomes(draw.step, completions, prompts, scores, self.dataset.sources, ages)
             outcomes = gather_outcomes(local, self.replica.group, self.replica.device)
             outcomes = with_advantages(outcomes, self.normalize_rewards)
             rejected = self.filter.rejected(outcomes) if draw.train else np.empty(0, np.int64)
-            kept = outcomes.kept & ~np.isin(outcomes.group_ids, rejected) & draw.train
+            kept = np.isfinite(outcomes.advantages) & ~np.isin(outcomes.group_ids, rejected) & draw.train
         return Rollouts(prompts, completions, scores, dataclasses.replace(outcomes, kept=kept), rejected)
 
     def refill(self, watch: Watch, rollouts: Rollouts) -> Rollouts:
@@ -105,7 +105,10 @@ class Collector:
 
 
 def with_advantages(outcomes: Outcomes, normalize: bool) -> Outcomes:
-    """The same with advantages over the finite rewards of each group; NaN where the reward is not finite."""
+    """The same with advantages over the finite rewards of each group; NaN where the reward is not finite.
+
+    Rewards so large that their spread overflows have no finite advantage either.
+    """
     finite = np.isfinite(outcomes.rewards)
     advantages = np.full(len(finite), np.nan)
     rewards, groups = torch.from_numpy(outcomes.rewards[finite]), torch.from_numpy(outcomes.group_ids[finite])

@@ -102,11 +102,21 @@ class OptimConfig:
 
 
 @dataclasses.dataclass
+class RewardWorkersConfig:
+    workers: int = 2
+    timeout_s: float = 5.0
+    on_timeout: float | None = None
+    on_crash: float | None = None
+    memory_gb: float | None = 4.0
+
+
+@dataclasses.dataclass
 class DataConfig:
     train_files: list[str] = MISSING
     validation_files: list[str] = dataclasses.field(default_factory=list)
     max_prompt_length: int | None = None
-    rewards: dict[str, str] = dataclasses.field(default_factory=lambda: {"kk_logic_*": "kk"})
+    rewards: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kk_logic_*": "kk"})
+    reward_workers: RewardWorkersConfig = dataclasses.field(default_factory=RewardWorkersConfig)
 
 
 @dataclasses.dataclass
@@ -172,7 +182,7 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.micro_batch_size "
     "model.make_vocab_size_divisible_by "
     "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
-    "model.data.validation_files model.data.max_prompt_length exp_manager"
+    "model.data.validation_files model.data.max_prompt_length model.data.reward_workers exp_manager"
 ).split()
 
 

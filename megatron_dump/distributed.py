@@ -41,8 +41,14 @@ class Replica:
 
     rank: int
     size: int
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     device: torch.device
+    ranks: dist.ProcessGroup | None = None  # this replica's own; None: it is a single rank
+
+    @property
+    def is_lead(self) -> bool:
+        """The rank that does what one rank of the replica must do for all."""
+        return self.ranks is None or dist.get_rank(self.ranks) == 0
 
 
 class DrawBroadcast:

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, fail_together, gather_outcomes
+from megatron_dump.distributed import Replica, gather_outcomes
 from megatron_dump.rollout import Generator, Request
-from megatron_dump.scoring import Scorer, local_outcomes
+from megatron_dump.scoring import Scorer, finite_mean, local_outcomes
 
 # Validation samples come from a stream of random numbers that no training step uses, the same every time: a difference
 # between two validations is one of the weights.
@@ -31,8 +31,7 @@ def validate(
     mine = np.array_split(np.arange(len(dataset)), replica.size)[replica.rank]
     requests = [Request(int(i), dataset[int(i)], samples_per_prompt) for i in mine]
     completions = generator.generate(STREAM, requests)
-    with fail_together("validation reward", device=replica.device):
-        scores = scorer.score(completions, {r.group_id: r.prompt for r in requests})
+    scores = scorer.score("validation reward", completions, {r.group_id: r.prompt for r in requests})
     local = local_outcomes(0, completions, {r.group_id: r.prompt for r in requests}, scores, dataset.sources)
     outcomes = gather_outcomes(local, replica.group, replica.device)
     metrics, pass_rates = {}, {}
@@ -46,7 +45,7 @@ def validate(
             # Samples of one prompt are alike: the standard error is over prompts.
             "accuracy_se": float(rates.std(ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else float("nan"),
             f"pass@{samples_per_prompt}": float((rates > 0).mean()),
-            "reward": float(outcomes.rewards[of_source].mean()),
+            "reward": finite_mean(outcomes.rewards[of_source]),
             "length": float(outcomes.lengths[of_source].mean()),
             "n": float(of_source.sum()),
         }

@@ -17,13 +17,22 @@ def notices(step: int, messages: Sequence[str]) -> list[Event]:
 
 
 def dropped(step: int, outcomes: Outcomes, sources: Sequence[str]) -> list[Event]:
-    """Rollouts whose reward is NaN or infinite, by source."""
-    missing = ~np.isfinite(outcomes.rewards)
+    """Rollouts whose reward is NaN, infinite or too large to have an advantage, by source."""
+    missing = ~np.isfinite(outcomes.advantages)
     counts = np.bincount(outcomes.source_ids[missing], minlength=len(sources))
     return [
         _event(step, "dropped", sources[k], f"{counts[k]} rollouts without a finite reward: dropped, nothing learns "
                "from them; look at the source's reward function")
         for k in np.flatnonzero(counts).tolist()
+    ]  # fmt: skip
+
+
+def reward_faults(step: int, faults: Mapping[str, tuple[int, int]]) -> list[Event]:
+    """Responses that could not be judged: source -> (time-outs, crashes)."""
+    return [
+        _event(step, "reward_fault", source, f"{timeouts} responses took the reward function too long, {crashes} crashed "
+               "it (model.data.reward_workers)")
+        for source, (timeouts, crashes) in faults.items()
     ]  # fmt: skip
 
 

@@ -151,11 +151,13 @@ class GRPOTrainer:
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
         watch.seconds["sync"] = 0.0  # the generator shares the actor's weights
-        outcomes, sources = rollouts.outcomes, self.curriculum.sources
+        outcomes, sources, faults = rollouts.outcomes, self.curriculum.sources, self.collector.scorer.take_faults()
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
         self.monitor.log_step(self.step, {
             **step_metrics(outcomes, sources, self.max_length),
             **metrics,
+            **{f"train/{s}/reward_{kind}": float(n) for s, counts in faults.items()
+               for kind, n in zip(("timeouts", "crashes"), counts, strict=True)},
             **(self.curriculum.metrics() if self.owns_curriculum else {}),
             **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
@@ -165,6 +167,7 @@ class GRPOTrainer:
         asked = self.config.num_prompts_per_grpo_step * self.config.samples_per_prompt
         self.monitor.log_events([
             *events.dropped(self.step, outcomes, sources),
+            *events.reward_faults(self.step, faults),
             *events.short_batch(self.step, outcomes, sources, asked, rollouts.rejected, rollouts.refills),
             *self.alarms.changes(self.step, self.curriculum.alarms() if self.owns_curriculum else {}),
         ])  # fmt: skip
@@ -209,6 +212,7 @@ class GRPOTrainer:
         self.step = latest
         self.monitor.truncate_after(latest)
         self.monitor.log_events(events.notices(latest, notes))
+        self.alarms.changes(latest, self.curriculum.alarms())  # those that stand were told before
         if self.owns_curriculum:
             self.curriculum.on_event = self.monitor.log_curriculum
             if notes:

@@ -131,7 +131,8 @@ class DumpUCB(Learner):
 
     def observe(self, outcomes: Outcomes) -> None:
         self._advance(outcomes.step)
-        self._estimator.observe(outcomes.source_ids, outcomes.advantages, outcomes.ages, self._latest_step)
+        places = outcomes.group_ids << 12 | outcomes.samples  # the step's own order, however its outcomes arrive
+        self._estimator.observe(outcomes.source_ids, outcomes.advantages, outcomes.ages, self._latest_step, places)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {**super().state_dict(), **self._estimator.state_dict(), "n_rollouts": self._n_rollouts.copy()}

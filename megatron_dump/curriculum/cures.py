@@ -13,6 +13,8 @@ from megatron_dump.curriculum.registry import ROOT, check_number
 from megatron_dump.curriculum.rows import SourceRows, ranks
 from megatron_dump.curriculum.sum_trees import SumTrees
 
+_PATIENCE = 2  # attempts with taken rows left where they are: barring them costs as much as an attempt
+
 
 class Cures:
     """Prompts with probability rho(x) ~ exp(sqrt(p(1-p)) / temperature) inside each source: CurES (2510.01037, Eq. 14).
@@ -57,38 +59,51 @@ class Cures:
         self._started = self._prepared = -1  # the latest round of subsets whose pre-rollouts were begun, and finished
         self._place = _shuffled_places(rows, seed) if subsets else None
         self._active, self._subset = np.ones(len(rows), bool), -1  # [R]: in the subset
-        # A leaf per row: its weight if visited; is it active and unvisited; is it active and visited. Unvisited rows
-        # share one weight, which follows their source. All 0 while the row must not be drawn.
-        self._trees, self._revision = SumTrees(rows.sizes, 3), -1
+        # A leaf per row: its weight if visited; is it unvisited? (These share one weight, which follows their source.)
+        # And for the floor: is it visited? All 0 while the row must not be drawn.
+        self._trees, self._revision = SumTrees(rows.sizes, 3 if floor else 2), -1
         self._refresh(0)
 
     def draw(self, step: int, first_group: int, source_ids: np.ndarray, exclude: np.ndarray) -> np.ndarray:
         """As PromptPolicy.draw.
 
-        Draws are independent ones with those of rows already taken left out, which is the same as one after the other
-        without replacement. All open slots draw at once; those that meet a taken row draw again from what is left.
+        All open slots draw independently at once, and those that meet a row already taken draw again: leaving out
+        repeats from independent draws is the same as drawing one after the other without replacement. Where a source
+        repeats itself too often, its taken rows are given weight 0 for the rest of the round.
         """
         self._refresh(step)
         mix, prompt_ids = self._mix(), np.empty(len(source_ids), np.int64)
-        open_, barred, rows = np.argsort(source_ids, kind="stable"), np.empty(0, np.int64), np.unique(exclude)
+        open_, taken, barred = np.argsort(source_ids, kind="stable"), np.unique(exclude), np.empty(0, np.int64)
+        attempt = 0
         while open_.size:
-            wanting = np.bincount(source_ids[open_], minlength=len(self._drawn)) > 0
-            rows = rows[wanting[self._rows.of_row[rows]]]  # only these can be met again
-            self._bar(rows)
-            barred = np.concatenate([barred, rows])
-            back = self._left()[self._rows.of_row[barred]] == 0  # the source has no others: it starts anew
-            self._write(barred[back])
-            barred = barred[~back]
+            if attempt >= _PATIENCE:
+                taken, barred = self._bar_taken(source_ids[open_], taken, barred)
             slots, rows = self._attempt(open_, source_ids[open_], mix)
+            fresh = ~np.isin(rows, taken)
+            slots, rows = slots[fresh], rows[fresh]
             prompt_ids[slots] = rows
-            open_ = open_[~np.isin(open_, slots)]
+            open_, taken = open_[~np.isin(open_, slots)], np.concatenate([taken, rows])
+            attempt += 1
         self._write(barred)
         return prompt_ids
 
+    def _bar_taken(self, sources: np.ndarray, taken: np.ndarray, barred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the taken rows of `sources` weight 0; a source that has no others starts anew. Both lists, updated."""
+        of_row = self._rows.of_row
+        wanting = np.bincount(sources, minlength=len(self._drawn)) > 0
+        new = np.setdiff1d(taken[wanting[of_row[taken]]], barred)
+        nothing = np.zeros((len(new), self._trees.totals.shape[1]))
+        self._trees.assign(of_row[new], self._rows.local[new], nothing)
+        barred = np.concatenate([barred, new])
+        exhausted = self._trees.totals.max(axis=1) == 0
+        back = exhausted[of_row[barred]]
+        self._write(barred[back])
+        return taken[~exhausted[of_row[taken]]], barred[~back]
+
     def _attempt(self, open_: np.ndarray, sources: np.ndarray, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One draw for each open slot, as far as its source has rows: the slots that got a row of their own, and it."""
+        """One draw for each open slot, up to the rows of its source: the slots that drew a row first, and the rows."""
         rank = ranks(sources)
-        fits = rank < self._left()[sources]
+        fits = rank < self._rows.sizes[sources]
         slots, sources, rank = open_[fits], sources[fits], rank[fits]
         uniform = streams.uniforms_at(self._keys[sources], self._drawn[sources] + rank)
         self._drawn += np.bincount(sources, minlength=len(self._drawn))
@@ -104,32 +119,27 @@ class Cures:
         return rows, self._values(rows) @ self._mix()[source]
 
     def _mix(self) -> np.ndarray:
-        """float64 [K, 3]: what the numbers of a leaf are to be multiplied with for its probability."""
-        visited, n_unvisited, n_visited = self._trees.totals.T
-        unvisited = self._weight(self._pass_rates.prior_mean())
-        by_rho = (1.0 - self._floor) / (visited + unvisited * n_unvisited)
-        by_floor = self._floor / (n_unvisited + n_visited)
+        """float64 [K, C]: what the numbers of a leaf are to be multiplied with for its probability."""
+        totals, unvisited = self._trees.totals, self._weight(self._pass_rates.prior_mean())
+        by_rho = (1.0 - self._floor) / (totals[:, 0] + unvisited * totals[:, 1])
+        if not self._floor:
+            return np.stack([by_rho, by_rho * unvisited], axis=1)
+        by_floor = self._floor / (totals[:, 1] + totals[:, 2])
         return np.stack([by_rho, by_rho * unvisited + by_floor, by_floor], axis=1)
 
     def _weight(self, pass_rate: np.ndarray) -> np.ndarray:
         """exp(sqrt(p(1-p)) / temperature), up to a factor; at most 1, and above 0."""
         return np.exp((np.sqrt(pass_rate * (1.0 - pass_rate)) - 0.5) / self._temperature)
 
-    def _left(self) -> np.ndarray:
-        """float64 [K]: rows that may be drawn."""
-        return self._trees.totals[:, 1] + self._trees.totals[:, 2]
-
     def _values(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [n] rows -> float64 [n, 3]: their leaves."""
-        active, visited = self._active[rows], self._pass_rates.visited[rows]
-        weight = np.where(active & visited, self._weight(self._pass_rates.mean(rows)), 0.0)
-        return np.stack([weight, active & ~visited, active & visited], axis=1)
+        """int64 [n] rows -> float64 [n, C]: their leaves."""
+        active, visited = self._active.take(rows), self._pass_rates.visited.take(rows)
+        seen = active & visited
+        weight = np.where(seen, self._weight(self._pass_rates.mean(rows)), 0.0)
+        return np.stack([weight, active & ~visited, seen][: self._trees.totals.shape[1]], axis=1)
 
     def _write(self, rows: np.ndarray) -> None:
         self._trees.assign(self._rows.of_row[rows], self._rows.local[rows], self._values(rows))
-
-    def _bar(self, rows: np.ndarray) -> None:
-        self._trees.assign(self._rows.of_row[rows], self._rows.local[rows], np.zeros((len(rows), 3)))
 
     def _refresh(self, step: int) -> None:
         """Bring subset and leaves up to date."""

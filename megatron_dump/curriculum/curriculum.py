@@ -21,6 +21,7 @@ from megatron_dump.curriculum.guards import Alarm, Audit
 from megatron_dump.curriculum.ledger import Ledger
 from megatron_dump.curriculum.pass_rates import PromptPassRates
 from megatron_dump.curriculum.prompts import PROMPT_POLICIES, make_prompt_policy
+from megatron_dump.curriculum.registry import ROOT
 from megatron_dump.curriculum.rows import SourceRows
 from megatron_dump.curriculum.sources import SourceSetting, make_source_policy
 from megatron_dump.types import Draw, Outcomes
@@ -50,10 +51,13 @@ class Curriculum:
         *,
         max_steps: int | None = None,
         max_staleness: int = 0,
+        gradient_sigma: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         """source_names_of_rows: the source of every row of the data set; fingerprint: identifies its contents;
         config: `trainer.grpo.curriculum`, with the blocks sources, prompts and budget, each with a `name`, and
-        optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are.
+        optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are;
+        gradient_sigma: for `budget.form: gradient`, rows int64 [P] -> sigma float64 [P] of CurES Eq. 20
+        (budget.neyman_sigma), from an actor that measures gradient norms. What it returns is not in the log.
 
         Raises ValueError for an empty data set, counts below 1, and unknown names or options.
         """
@@ -71,6 +75,12 @@ class Curriculum:
         setting = SourceSetting(tuple(self.sources), tuple(self._rows.sizes.tolist()), max_steps)
         self._source_policy = make_source_policy(self._config["sources"], setting)
         self._budget = make_budget(self._config["budget"], samples_per_prompt)
+        self._sigma = gradient_sigma if self._config["budget"].get("form") == "gradient" else None
+        if self._sigma is None and self._config["budget"].get("form") == "gradient":
+            raise ValueError(
+                f"{ROOT}.budget.form: 'gradient' needs an actor that measures gradient norms (Curriculum's "
+                "gradient_sigma), and this one does not; use form: proxy"
+            )
         prompt_policy = PROMPT_POLICIES[self._config["prompts"]["name"]]
         needs_pass_rates = prompt_policy.uses_pass_rates or self._budget.uses_pass_rates
         pass_rates = PromptPassRates(self._rows, **self._config["pass_rates"])  # also where unused: checks its options
@@ -172,7 +182,9 @@ class Curriculum:
         first = ledger.n_groups
         prompt_ids = self._prompt_policy.draw(ledger.step, first, slots, ledger.trained_on)
         rates = self._pass_rates.mean(prompt_ids) if self._pass_rates and self._budget.uses_pass_rates else None
-        draw = Draw(ledger.step, prompt_ids, slots, self._budget.allot(rates, total), weights, first)
+        measured = {} if self._sigma is None else {"sigma": self._sigma(prompt_ids)}
+        rollouts = self._budget.allot(rates, total, **measured)
+        draw = Draw(ledger.step, prompt_ids, slots, rollouts, weights, first)
         return self._hand_out(ledger, draw, rejected)
 
     def _hand_out(self, ledger: Ledger, draw: Draw, rejected: np.ndarray | None) -> Draw:
@@ -210,11 +222,16 @@ class Curriculum:
         format_failure                of that step: share of rollouts that could not be read
         alarm                         1 where guards.Alarm is raised
         pass_rate                                     posterior mean after it
-        ucb, mean_abs_adv, bonus, ...                 after it, of policies that have them: what makes the next weights
+        ucb, bonus, learnability, ...                 after it, of policies that have them: what makes the next weights
+        mean_abs_adv                                  over the policy's window where it has one, else over that step
         """
         arrays = {} if self._last is None else step_metrics.step_arrays(self._last, len(self.sources))
         after = {"pass_rate": self._source_pass_rate.mean(), "alarm": self._alarm.raised().astype(np.float64)}
-        return step_metrics.flatten({**self._source_policy.metrics(), **after, **arrays}, self.sources)
+        learned = self._source_policy.metrics()
+        learned.pop("n_dropped", None)  # over the whole run; the step's own is below
+        if "mean_abs_adv" in learned:
+            arrays.pop("mean_abs_adv", None)
+        return step_metrics.flatten({**learned, **after, **arrays}, self.sources)
 
     def header(self) -> dict[str, Any]:
         """All that a replay needs besides the draws and outcomes; JSON-able."""

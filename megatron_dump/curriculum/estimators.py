@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 LARGEST = np.finfo(np.float64).max
+_PLACES = 1 << 32  # times are policy time * _PLACES + place
 _BEFORE_ALL = np.iinfo(np.int64).min  # the policy time of an empty slot, while rows are sorted
 
 
@@ -19,8 +20,9 @@ class LearnabilityEstimator:
     """Mean |advantage| of each source over a sliding window: L_d of DUMP (arXiv 2504.09710, Algorithm 1).
 
     A window holds the `window` latest values by policy time, the step whose weights generated them (now - age), and
-    among those of one policy time the ones that came last. So it does not matter how late a value arrives: it takes
-    the place it would have had, and drops out if a full window has moved past it.
+    among those of one policy time the last ones by `places`, their order in the step. So it does not matter how late a
+    value arrives: it takes the place it would have had, and drops out if a full window has moved past it. Without this
+    the window would fill up with whatever takes longest to generate.
 
     n_dropped   int64 [K], non-finite values that were kept out
     """
@@ -34,13 +36,22 @@ class LearnabilityEstimator:
         self._head = np.zeros(n_sources, np.int64)  # the slot that the next value goes to
         self._size = np.zeros(n_sources, np.int64)
 
-    def observe(self, source_ids: np.ndarray, values: np.ndarray, ages: np.ndarray | None = None, now: int = 0) -> None:
+    def observe(
+        self,
+        source_ids: np.ndarray,
+        values: np.ndarray,
+        ages: np.ndarray | None = None,
+        now: int = 0,
+        places: np.ndarray | None = None,
+    ) -> None:
         """Add values: source_ids int64 [N], values float64 [N] (their magnitude counts), ages int64 [N] in steps.
 
-        `now` is the step that the ages count back from; ages None: all 0.
+        `now` is the step that the ages count back from; ages None: all 0. places int64 [N] in 0 .. 2^32 - 1: the order
+        among values of one policy time; None: as they come.
         """
         source_ids, magnitudes = np.asarray(source_ids, np.int64), np.abs(np.asarray(values, np.float64))
         times = np.full(source_ids.size, now) if ages is None else now - np.asarray(ages, np.int64)
+        times = times * _PLACES + (0 if places is None else np.minimum(places, _PLACES - 1))
         finite = np.isfinite(magnitudes)
         if not finite.all():
             self.n_dropped += np.bincount(source_ids[~finite], minlength=self._size.size)
@@ -63,7 +74,7 @@ class LearnabilityEstimator:
     def _order(self, source_ids: np.ndarray, times: np.ndarray) -> np.ndarray:
         """int64 [N]: by source, then policy time, then as given."""
         small = source_ids.astype(np.uint16) if self._size.size <= 1 << 16 else source_ids  # 16 bits: a radix sort
-        if times[0] == times.min() and times[0] == times.max():
+        if np.all(times[1:] >= times[:-1]):
             return np.argsort(small, kind="stable")
         by_time = np.argsort(times, kind="stable")
         return by_time[np.argsort(small[by_time], kind="stable")]

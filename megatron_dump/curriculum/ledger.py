@@ -68,7 +68,13 @@ class Ledger:
         for name in ("source_ids", "prompt_ids"):
             if not np.array_equal(getattr(outcomes, name), getattr(self, name)[groups]):
                 raise ValueError(f"{name} of the outcomes of step {step} are not those of its draw")
-        present = np.unique(groups)
+        present, counts = np.unique(groups, return_counts=True)
+        if (cut := counts != self.rollouts[present]).any():
+            group, n, asked = int(present[cut][0]), int(counts[cut][0]), int(self.rollouts[present[cut][0]])
+            raise ValueError(
+                f"group {group} of step {step} has {n} rollouts, its draw asked for {asked}: outcomes come in whole "
+                "groups (reward NaN for a rollout that was lost)"
+            )
         if self.observed[present].any():
             again = int(present[self.observed[present]][0])
             raise ValueError(f"group {again} of step {step} was observed already: its outcomes would count twice")

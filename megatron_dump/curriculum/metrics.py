@@ -29,14 +29,16 @@ def step_arrays(ledger: Ledger, n_sources: int) -> dict[str, np.ndarray]:
         n_groups, n_rollouts = totals.pop("n_groups"), totals["n_rollouts"]
         arrays["frac_zero_std"] = _ratio(totals.pop("constant"), n_groups)
         arrays["format_failure"] = _ratio(totals.pop("unreadable"), n_rollouts)
+        arrays["mean_abs_adv"] = _ratio(totals.pop("abs_adv"), n_rollouts - totals["n_dropped"])
     return {**arrays, **totals}
 
 
 def _of_outcomes(outcomes: Outcomes, n_sources: int) -> dict[str, np.ndarray]:
     ids, constant = constant_groups(outcomes)
     source_of_group = outcomes.source_ids[np.searchsorted(outcomes.group_ids, ids)]  # outcomes are sorted by group
-    source_ids = outcomes.source_ids
+    source_ids, finite = outcomes.source_ids, np.isfinite(outcomes.advantages)
     return {
+        "abs_adv": np.bincount(source_ids[finite], np.abs(outcomes.advantages[finite]), n_sources),
         "n_rollouts": _count(source_ids, n_sources),
         "n_kept": _count(source_ids[outcomes.kept], n_sources),
         "n_dropped": _count(source_ids[~np.isfinite(outcomes.rewards)], n_sources),

@@ -90,9 +90,9 @@ class PromptPassRates:
 
     def alpha_beta(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [n] rows -> float64 [n], float64 [n]: their posteriors' parameters."""
-        counts = self._prior()[self._of_row[rows]]
-        own = np.flatnonzero(self.visited[rows])
-        counts[own] = self._counts[rows[own]]
+        counts = self._prior().take(self._of_row.take(rows), axis=0)
+        own = np.flatnonzero(self.visited.take(rows))
+        counts[own] = self._counts.take(rows[own], axis=0)
         return counts[:, 0], counts[:, 1]
 
     def mean(self, rows: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ class Passes:
     def __init__(self, rows: SourceRows, seed: int):
         self._rows, self._seed = rows, seed
         self._consumed = np.zeros(len(rows.names), np.int64)  # rows ever taken from the source
-        self._taken = np.zeros(len(rows.names), np.int64)  # in the step of now
+        self.taken = np.zeros(len(rows.names), np.int64)  # of them, in the step of now
         # source -> (ahead, used) of its current epoch, if that began in mid-step: the step had taken the rows `used`
         # before, so the epoch opens with `ahead` other rows.
         self._border: dict[int, tuple[int, np.ndarray]] = {}
@@ -33,20 +33,20 @@ class Passes:
     def take(self, source_ids: np.ndarray, continued: bool) -> np.ndarray:
         """int64 [P] sources of the slots -> int64 [P] rows; `continued`: the step of the call before goes on."""
         if not continued:
-            self._taken[:] = 0
+            self.taken[:] = 0
         slots = np.argsort(source_ids, kind="stable")
         counts = np.bincount(source_ids, minlength=len(self._consumed))
         drawn = np.flatnonzero(counts)
         n, sizes = counts[drawn], self._rows.sizes[drawn]
         epoch, position = np.divmod(self._consumed[drawn], sizes)
         # a source whose epoch ends or began in this step is rare and taken by itself; the others all at once
-        plain = (position + n <= sizes) & (self._epoch[drawn] == epoch) & (position >= self._taken[drawn])
+        plain = (position + n <= sizes) & (self._epoch[drawn] == epoch) & (position >= self.taken[drawn])
         by_source = source_ids[slots]
         first = np.cumsum(n) - n
         places = np.repeat(self._rows.starts[drawn] + position - first, n) + np.arange(len(slots))
         rows = self._order[np.minimum(places, len(self._order) - 1)]
         self._consumed[drawn[plain]] += n[plain]
-        self._taken[drawn[plain]] += n[plain]
+        self.taken[drawn[plain]] += n[plain]
         for i in np.flatnonzero(~plain):
             rows[first[i] : first[i] + n[i]] = self._take_one(int(by_source[first[i]]), int(n[i]))
         prompt_ids = np.empty(len(slots), np.int64)
@@ -58,7 +58,7 @@ class Passes:
         parts = []
         while n > 0:
             epoch, position = divmod(int(self._consumed[source]), size)
-            in_step = int(self._taken[source])
+            in_step = int(self.taken[source])
             if position == 0 and epoch > 0:
                 used = self._order[start + size - in_step % size : start + size].copy()  # of this pass over the source
                 self._border.pop(source, None)
@@ -71,7 +71,7 @@ class Passes:
                 self._lay_out(source, epoch)
             part = self._order[start + position : start + min(position + n, size)].copy()
             self._consumed[source] += part.size
-            self._taken[source] += part.size
+            self.taken[source] += part.size
             parts.append(part)
             n -= part.size
         return np.concatenate(parts)
@@ -79,13 +79,15 @@ class Passes:
     def _lay_out(self, source: int, epoch: int) -> None:
         """The epoch's permutation, with the rows of its border step put off."""
         rows = self._rows.rows(source)
-        order = rows[streams.permutation(len(rows), self._seed, "prompts", self._rows.names[source], epoch)]
-        ahead, used = self._border.get(source, (0, rows[:0]))
-        if used.size:
-            first = order[~np.isin(order, used)][:ahead]
-            order = np.concatenate([first, order[~np.isin(order, first)]])
+        order = streams.permutation(len(rows), self._seed, "prompts", self._rows.names[source], epoch)
+        if source in self._border:
+            ahead, used = self._border[source]
+            fresh = np.ones(len(rows), bool)
+            fresh[self._rows.local[used]] = False
+            first = np.flatnonzero(fresh[order])[:ahead]
+            order = np.concatenate([order[first], np.delete(order, first)])
         start = self._rows.starts[source]
-        self._order[start : start + len(rows)], self._epoch[source] = order, epoch
+        self._order[start : start + len(rows)], self._epoch[source] = rows[order], epoch
 
     def _lay_out_all(self) -> None:
         # the epoch of the row taken last: at an epoch's very end the next one's border is not known yet
@@ -98,7 +100,7 @@ class Passes:
         borders = [self._border.get(source, none) for source in range(len(self._consumed))]
         return {
             "consumed": self._consumed.copy(),
-            "taken": self._taken.copy(),
+            "taken": self.taken.copy(),
             "ahead": np.array([ahead for ahead, _ in borders], np.int64),
             "n_used": np.array([used.size for _, used in borders], np.int64),
             "used": np.concatenate([used for _, used in borders]),
@@ -109,7 +111,7 @@ class Passes:
         consumed, taken, ahead, n_used, used = (
             np.array(state[name], np.int64) for name in ("consumed", "taken", "ahead", "n_used", "used")
         )
-        self._consumed, self._taken = consumed, taken
+        self._consumed, self.taken = consumed, taken
         parts = np.split(used, np.cumsum(n_used)[:-1])
         self._border = {k: (int(ahead[k]), part) for k, part in enumerate(parts) if part.size}
         self._lay_out_all()

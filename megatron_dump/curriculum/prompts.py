@@ -57,13 +57,23 @@ class Epoch:
     uses_pass_rates = False
 
     def __init__(self, rows: SourceRows, seed: int, pass_rates: PromptPassRates | None = None):
-        self._passes = Passes(rows, seed)
+        self._passes, self._sizes = Passes(rows, seed), rows.sizes
         self._step = -1  # of the latest draw
 
     def draw(self, step: int, first_group: int, source_ids: np.ndarray, exclude: np.ndarray) -> np.ndarray:
-        """As PromptPolicy.draw. `exclude` tells it nothing new: it keeps count of the step itself."""
+        """As PromptPolicy.draw. A row of `exclude` that comes up is skipped: its turn in this epoch is over.
+
+        Passes keep the rounds of a step apart by themselves, unless another step was drawn between them.
+        """
         continued, self._step = step == self._step, step
-        return self._passes.take(source_ids, continued)
+        rows = self._passes.take(source_ids, continued)
+        again = np.flatnonzero(np.isin(rows, exclude))
+        while again.size:
+            ids = source_ids[again]
+            again = again[self._passes.taken[ids] < self._sizes[ids]]  # else every row of the source has come up
+            rows[again] = self._passes.take(source_ids[again], continued=True)
+            again = again[np.isin(rows[again], exclude)]
+        return rows
 
     def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
         return None

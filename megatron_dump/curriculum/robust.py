@@ -36,10 +36,10 @@ class DumpUCBRobust(Learner):
         setting: SourceSetting,
         *,
         window: int = 64,
-        discount: float = 0.9,
-        exploration: float = 0.5,
-        temperature: float = 0.1,
-        epsilon: float = 0.1,
+        discount: float = 0.95,
+        exploration: float = 0.25,
+        temperature: float = 0.05,
+        epsilon: float = 0.05,
         base: str = "uniform",
         learnability: str = "auto",
     ):
@@ -83,7 +83,7 @@ class DumpUCBRobust(Learner):
         source[group] = sources
         np.maximum.at(age, group, outcomes.ages[usable])  # as old as its oldest rollout
         value = self._judge(source, group, size, correct, np.abs(outcomes.advantages[usable]))
-        self._estimator.observe(source, value, age, self._latest_step)
+        self._estimator.observe(source, value, age, self._latest_step, np.unique(outcomes.group_ids[usable]))
         self._pass_rate.observe(sources, correct, step=outcomes.step)
 
     def _see_rewards(self, sources: np.ndarray, rewards: np.ndarray) -> None:

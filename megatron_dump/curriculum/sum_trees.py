@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FAN = 32  # children of a node: two levels for a thousand leaves, four for a million
+FAN = 16  # children of a node: three levels for a thousand leaves, five for a million
 
 
 class SumTrees:
@@ -27,13 +27,15 @@ class SumTrees:
 
     def assign(self, tree: np.ndarray, leaf: np.ndarray, values: np.ndarray) -> None:
         """Set leaves: tree int64 [n], leaf int64 [n] (0.. in its tree), values float64 [n, C]; fastest in order."""
+        values = values.T
         for level, offset in zip(self._levels, self._offsets, strict=True):
-            block, slot = offset[tree] + leaf // FAN, leaf % FAN
-            level[:, block, slot] = values.T
+            parent = leaf // FAN
+            block = offset[tree] + parent
+            level[:, block, leaf - parent * FAN] = values
             first = np.flatnonzero(np.diff(block, prepend=-1))  # of a run of leaves in one block
-            tree, leaf = tree[first], leaf[first] // FAN
-            values = level[:, block[first]].sum(axis=-1).T
-        self.totals[tree] = values
+            tree, leaf = tree[first], parent[first]
+            values = np.einsum("cnf->cn", level.take(block[first], axis=1))  # a third of the time of sum
+        self.totals[tree] = values.T
 
     def find(self, tree: np.ndarray, target: np.ndarray, mix: np.ndarray) -> np.ndarray:
         """int64 [n]: in each tree (int64 [n]), the leaf at which the cumulative weight exceeds target (float64 [n]).
@@ -43,13 +45,10 @@ class SumTrees:
         """
         leaf, target, each = np.zeros(len(tree), np.int64), target.copy(), np.arange(len(tree))
         for level, offset in zip(reversed(self._levels), reversed(self._offsets), strict=True):
-            block = offset[tree] + leaf
-            weights = np.zeros((len(tree), FAN))
-            for column in np.flatnonzero(mix.any(axis=0)):
-                weights += mix[:, column, None] * level[column, block]
+            weights = np.einsum("cnf,nc->nf", level.take(offset[tree] + leaf, axis=1), mix)
             cumulative = np.cumsum(weights, axis=1)
             target = np.minimum(target, np.nextafter(cumulative[:, -1], 0.0))  # rounding may take it to the very end
-            child = (cumulative <= target[:, None]).sum(axis=1)
+            child = np.argmax(cumulative > target[:, None], axis=1)
             target -= np.where(child > 0, cumulative[each, child - 1], 0.0)
             leaf = leaf * FAN + child
         return leaf

@@ -19,9 +19,8 @@ class Thompson:
 
     For a source with n slots, pool * n candidates are taken (all its rows, if it has no more) in epoch order, so that
     every prompt is a candidate once a pass; a pass rate is drawn from each one's posterior, and the n nearest to
-    `target` are taken. The paper draws its candidates uniformly anew. `floor`: a slot is with this probability filled
-    with the next candidate as it comes, whatever is believed of it. pool = 1 is `epoch`, but that each round of a step
-    begins afresh.
+    `target` are taken. `floor`: with this probability a slot gets the next candidate as it comes, whatever is believed
+    of it. pool = 1 is `epoch`, but that each round of a step begins afresh.
     """
 
     uses_pass_rates = True
@@ -47,11 +46,9 @@ class Thompson:
         self._scored = np.zeros(len(rows.names), np.int64)  # candidates there ever were of each source
 
     def draw(self, step: int, first_group: int, source_ids: np.ndarray, exclude: np.ndarray) -> np.ndarray:
-        exclude, n_sources = np.unique(exclude), len(self._scored)
+        n_sources = len(self._scored)
         n = np.bincount(source_ids, minlength=n_sources)
-        barred = np.bincount(
-            self._rows.of_row[exclude], minlength=n_sources
-        )  # as many candidates more: not to be short
+        barred = np.bincount(self._rows.of_row[exclude], minlength=n_sources)  # so many more, not to be short of others
         wanted = np.where(n > 0, np.maximum(n, np.minimum(self._pool * n + barred, self._rows.sizes)), 0)
         sources = np.repeat(np.arange(n_sources), wanted)
         rank = np.arange(len(sources)) - (np.cumsum(wanted) - wanted)[sources]

@@ -65,6 +65,7 @@ def one_rank(arguments: list[str]) -> str:
     trainer.resume()
     trainer.fit()
     trainer.monitor.close()
+    trainer.collector.scorer.close()
     return trainer.collector.sampler.last_draw.weights.tobytes().hex()
 
 

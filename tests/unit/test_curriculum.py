@@ -171,6 +171,16 @@ def test_the_filter_rejects_exactly_the_groups_whose_finite_rewards_are_alike(gr
     assert chosen == [i for i, g in enumerate(groups) if len({r for r in g if np.isfinite(r)}) < 2]
 
 
+def test_neyman_takes_measured_gradient_norms_where_the_actor_has_them():
+    with pytest.raises(ValueError, match=r"budget\.form: 'gradient' needs an actor that measures gradient norms"):
+        make(budget={"name": "neyman", "form": "gradient"})
+    block = config("uniform", budget={"name": "neyman", "form": "gradient"})
+    curriculum = Curriculum(ROWS, 8, 4, 7, block, "data", gradient_sigma=lambda rows: 1.0 + (rows % 2))
+    draw = curriculum.draw(0)
+    odd = draw.prompt_ids % 2 == 1
+    assert draw.rollouts.sum() == 32 and draw.rollouts[odd].min() > draw.rollouts[~odd].max()
+
+
 # --------------------------------------------------------------------------------------------- CurES's pre-rollouts
 def test_pre_rollouts_come_before_their_step_and_do_not_train():
     """CurES's Algorithm 1 on one source: N' = 4 for every prompt of a subset, then M = 3 steps on that subset."""
@@ -246,6 +256,31 @@ def test_asynchronous_outcomes_come_in_any_order_and_in_parts():
         assert one.outstanding() == []
     assert resumed.digest() == curriculum.digest()
     assert_same(run(resumed, 3), run(curriculum, 3))
+
+
+@pytest.mark.parametrize("name", ["dump_ucb", "dump_ucb_robust"])
+def test_answers_that_take_long_do_not_fill_the_window(name):
+    """A window smaller than the step holds the same whether the long groups come with the others or after them."""
+    apart, together = (make(name, rows=["x"] * 40, window=16) for _ in range(2))
+    for one in (apart, together):
+        draw = one.draw(0)
+    results = answer(draw)
+    for long in (False, True):
+        of_part = (results.group_ids % 3 == 0) == long
+        columns = {f.name: getattr(results, f.name)[of_part] for f in dataclasses.fields(results) if f.name != "step"}
+        apart.observe(Outcomes(step=0, **columns))
+    together.observe(results)
+    key = "mean_abs_adv" if name == "dump_ucb" else "learnability"
+    assert apart._source_policy.metrics()[key] == pytest.approx(together._source_policy.metrics()[key], rel=0.05)
+    assert name != "dump_ucb" or np.array_equal(apart.weights, together.weights)
+
+
+def test_incomplete_groups_are_refused():
+    curriculum = make()
+    results = answer(curriculum.draw(0))
+    some = {f.name: getattr(results, f.name)[:-1] for f in dataclasses.fields(results) if f.name != "step"}
+    with pytest.raises(ValueError, match="group 7 of step 0 has 3 rollouts, its draw asked for 4: outcomes come in whole"):
+        curriculum.observe(Outcomes(step=0, **some))
 
 
 @pytest.mark.parametrize(

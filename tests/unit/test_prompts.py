@@ -205,10 +205,29 @@ def test_epoch_draws_what_its_definition_says(steps, seed):
 def test_rounds_of_a_step_are_one_larger_step(steps):
     in_rounds, at_once = Epoch(MIXED, 1), Epoch(MIXED, 1)
     for step, rounds in enumerate(steps):
-        parts = [draw(in_rounds, step, slots) for slots in rounds]
+        parts: list[np.ndarray] = []
+        for slots in rounds:
+            parts.append(draw(in_rounds, step, slots, np.concatenate([NONE, *parts])))
         whole, slots = draw(at_once, step, list(itertools.chain(*rounds))), np.concatenate(rounds)
         for source in range(4):
             assert np.concatenate(parts)[slots == source].tolist() == whole[slots == source].tolist()
+
+
+@pytest.mark.parametrize("config", POLICIES[:3] + POLICIES[5:], ids=str)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(SLOTS, min_size=1, max_size=4), st.lists(SLOTS, min_size=1, max_size=6), st.integers(0, 5))
+def test_refills_may_come_after_later_steps_were_drawn(config, steps, refills, seed):
+    """With asynchronous generation. Still no row twice in a step while its source has others."""
+    policy, drawn = World(config, seed=seed).policy, []
+    for step, slots in enumerate(steps):
+        drawn.append(draw(policy, step, slots))
+    for i, slots in enumerate(refills):
+        step = i * 7 % len(steps)
+        drawn[step] = np.concatenate([drawn[step], draw(policy, step, slots, drawn[step])])
+        of_source = MIXED.of_row[drawn[step]]
+        for source in range(4):
+            mine = drawn[step][of_source == source]
+            assert len(set(mine)) == min(len(mine), MIXED.sizes[source])
 
 
 # ---------------------------------------------------------------------------------------------------------- sum trees
@@ -248,7 +267,7 @@ def test_sums_depend_on_the_leaves_alone():
     at_once, gradually = SumTrees(np.array([5000]), 3), SumTrees(np.array([5000]), 3)
     at_once.assign(tree, order, values)
     gradually.assign(tree, order, rng.random((5000, 3)))
-    for part in np.split(rng.permutation(5000), 100):
+    for part in [*np.split(rng.permutation(5000), 100), np.array([7]), np.arange(5, 4000)]:
         gradually.assign(tree[part], part, values[part])
     assert np.array_equal(at_once.totals, gradually.totals)
     target, mix = rng.random(500) * at_once.totals.sum(), np.ones((500, 3))
@@ -312,20 +331,20 @@ class SlowCures:
         return row
 
     def draw(self, weights, n, exclude):
-        left = {row: w for row, w in weights.items() if row not in exclude} or dict(weights)
-        drawn: list[int | None] = [None] * n
-        while None in drawn:
-            left = left or dict(weights)
-            missing = [i for i, row in enumerate(drawn) if row is None][: len(left)]
-            found = {}
-            for i in missing:
-                row = self.attempt(left)
-                if row not in found.values():
-                    found[i] = row
-            for i, row in found.items():
-                drawn[i] = row
-                del left[row]
-        return drawn
+        """In the third attempt and after it, taken rows are off the line."""
+        taken, drawn = set(exclude), [None] * n
+        for attempt in itertools.count():
+            line = weights
+            if attempt > 1:
+                taken = set() if taken >= set(weights) else taken
+                line = {row: w for row, w in weights.items() if row not in taken}
+            for i in [i for i, row in enumerate(drawn) if row is None][: len(weights)]:
+                row = self.attempt(line)
+                if row not in taken:
+                    drawn[i] = row
+                    taken.add(row)
+            if None not in drawn:
+                return drawn
 
 
 @settings(max_examples=100, deadline=None)

@@ -28,7 +28,7 @@ def test_blocks_are_those_of_numpys_generator(streams_):
     keys = np.array([[low, high] for low, high, _, _ in streams_], np.uint64)
     index = np.array([place for _, _, place, _ in streams_])
     lanes = np.array([lane for _, _, _, lane in streams_], np.uint64)
-    blocks = streams.blocks_at(keys, index, lanes)
+    blocks = np.stack(streams.blocks_at(keys, index, lanes))
     for i, (_, _, place, lane) in enumerate(streams_):
         counter = np.array([place, lane, 0, 0], np.uint64)
         assert np.array_equal(blocks[:, i], np.random.Philox(key=keys[i], counter=counter).random_raw(4))

@@ -29,13 +29,14 @@ OPEN_BLOCKS = ("trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wan
 
 
 def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
-    """Blocks whose keys depend on what they name need no `+`, and `block={…}` replaces the block as a whole."""
+    """Blocks whose keys depend on what they name need no `+`; `block={…}` replaces a curriculum's block as a whole."""
     for override in overrides:
         key, _, value = override.partition("=")
         if not key.startswith(tuple(f"{block}." for block in OPEN_BLOCKS)) and key not in OPEN_BLOCKS:
             yield override
             continue
-        if value.lstrip().startswith("{"):
+        is_block = key in OPEN_BLOCKS or key.rpartition(".")[0] == OPEN_BLOCKS[0]
+        if is_block and value.lstrip().startswith("{"):
             yield f"~{key}"
         yield f"++{override}"
 

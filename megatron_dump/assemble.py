@@ -86,7 +86,8 @@ def build_trainer(config: Config) -> GRPOTrainer:
             replica=replica,
             updates=updates,
             normalize_rewards=grpo.normalize_rewards,
-            age=lambda completion: (actor.version - completion.policy_version) // updates,
+            # A recording may come from a run that took more updates: what it holds is as fresh as can be.
+            age=lambda completion: max(actor.version - completion.policy_version, 0) // updates,
         ),
         validator=validator,
         dataset=train,

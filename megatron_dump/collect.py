@@ -65,7 +65,7 @@ class Collector:
     replica: Replica
     updates: int  # optimizer steps of a training step: which rollouts are generated where
     normalize_rewards: bool
-    age: Callable[[Completion], int]  # training steps since its weights
+    age: Callable[[Completion], int]  # training steps since its weights, at least 0
 
     def requests(self, draw: Draw, updates: int) -> list[Request]:
         """This replica's share of a round: of a training round, what it will train on if nothing is rejected."""

@@ -101,6 +101,7 @@ class GRPOTrainer:
             if draw.train:
                 return self.collector.refill(watch, dataclasses.replace(rollouts, tokens_before=tokens))
             self.observe(rollouts.outcomes)  # pre-rollouts teach the curriculum alone
+            self.monitor.log_events(events.dropped(self.step + 1, rollouts.outcomes, self.curriculum.sources))
             tokens += int(rollouts.outcomes.lengths.sum())
 
     def observe(self, outcomes: Outcomes) -> None:
@@ -204,8 +205,8 @@ class GRPOTrainer:
             return False
         state = self.checkpoints.state(latest)
         may_change = self.config.curriculum.resume_changed == "allow"
-        _refuse_changes(state["settings"], self.settings)
-        notes = self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
+        notes = _refuse_changes(state["settings"], self.settings, may_change)
+        notes += self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
         self.checkpoints.load(latest)
         self.collector.sampler.consumed_samples = latest * self.config.num_prompts_per_grpo_step
@@ -234,13 +235,20 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _refuse_changes(saved: dict[str, Any], here: dict[str, Any]) -> None:
+def _refuse_changes(saved: dict[str, Any], here: dict[str, Any], new_sources: bool) -> list[str]:
+    """ValueError if settings differ; with `new_sources` rewards may, for these need theirs: a line each."""
+    notes = []
     for key in sorted(saved.keys() | here.keys()):
-        if saved.get(key) != here.get(key):
-            raise ValueError(
-                f"{key}: the checkpoint has {saved.get(key)!r}, this run {here.get(key)!r}; set it back, or choose "
-                "another exp_manager.explicit_log_dir"
-            )
+        if saved.get(key) == here.get(key):
+            continue
+        if new_sources and key.startswith("model.data.rewards."):
+            notes.append(f"{key} was {saved.get(key)!r}, is {here.get(key)!r}")
+            continue
+        raise ValueError(
+            f"{key}: the checkpoint has {saved.get(key)!r}, this run {here.get(key)!r}; set it back, or choose "
+            "another exp_manager.explicit_log_dir"
+        )
+    return notes
 
 
 def _due(step: int, interval: int, last: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,4 +37,5 @@ def describe_blocks(config: Mapping[str, Any], max_steps: int | None = None) -> 
         blocks[section] = described = describe(section, known, block)
         if described.get("total_steps", 0) is None:
             described["total_steps"] = max_steps
-    return {**blocks, **{name: options(name, kind, config.get(name) or {}) for name, kind in UNNAMED.items()}}
+    blocks |= {name: options(name, kind, config.get(name) or {}) for name, kind in UNNAMED.items()}
+    return json.loads(json.dumps(blocks))  # as a checkpoint will have it: there a key such as 3 is "3"

@@ -162,6 +162,10 @@ class Cures:
         self._active = (first[of_row] <= self._place) & (self._place < end[of_row])
         self._revision = -1  # every leaf may have changed
 
+    def available(self, step: int) -> np.ndarray:
+        self._activate(self._round(step))
+        return np.bincount(self._rows.of_row[self._active], minlength=len(self._drawn))
+
     def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
         round_ = self._round(step)
         if not self._n_pre or round_ <= self._prepared:

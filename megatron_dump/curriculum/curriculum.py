@@ -109,12 +109,14 @@ class Curriculum:
         """
         if step != self.step:
             raise RuntimeError(f"draw({step}) out of order: the next step of this curriculum is {self.step}")
-        waiting = [s for s, ledger in self._open.items() if s != step or not ledger.observed.all()]
-        if len(waiting) > self.max_staleness:
+        ledger = self._open.get(step, Ledger(step))
+        waiting = [s for s in self._open if s != step]
+        if len(waiting) > self.max_staleness or not ledger.observed.all():
+            waiting = waiting if len(waiting) > self.max_staleness else [step]
             raise RuntimeError(
                 f"draw({step}) before the outcomes of step {min(waiting)} were observed: its weights would be stale"
             )
-        ledger = self._open.setdefault(step, Ledger(step))
+        self._open[step] = ledger
         pre = self._prompt_policy.pre_rollouts(step)
         if pre is not None and ledger.n_groups < len(pre[0]):
             return self._draw_pre_rollouts(ledger, *pre)
@@ -139,7 +141,7 @@ class Curriculum:
             return None
         slots = ledger.source_ids[rejected]
         used = np.bincount(self._rows.of_row[np.unique(ledger.trained_on)], minlength=len(self.sources))
-        fresh = _rank_within(slots) < (self._rows.sizes - used)[slots]
+        fresh = _rank_within(slots) < (self._prompt_policy.available(step) - used)[slots]
         if not fresh.any():
             return None
         ledger.refills += 1
@@ -156,6 +158,8 @@ class Curriculum:
             out = sorted(self._open)
             expected = f"the draw that is out is of step {', '.join(map(str, out))}" if out else "no draw is out"
             raise RuntimeError(f"observe got outcomes of step {outcomes.step}, but {expected}")
+        if outcomes.ages.size and outcomes.ages.min() < 0:
+            raise ValueError(f"ages of the outcomes of step {outcomes.step} are below 0: they are from the future")
         ledger.check_and_mark(outcomes)
         finite = np.isfinite(outcomes.rewards)
         self._source_policy.observe(outcomes)

@@ -8,6 +8,8 @@ from megatron_dump.curriculum import streams
 from megatron_dump.curriculum.registry import check_number
 from megatron_dump.types import Outcomes
 
+_ALMOST_NONE = 0.05  # share of right answers below which a source counts as having none
+
 
 class Audit:
     """At least `prompts` prompts of every source in every window of `every` steps (0: no audit).
@@ -69,42 +71,44 @@ def _beyond(source_ids: np.ndarray, need: np.ndarray, seed: int, step: int) -> n
 
 
 class Alarm:
-    """Tells "too hard" from "broken": no right answer, and most answers not even readable.
+    """Tells "too hard" from "broken": hardly a right answer, and most answers not even readable.
 
-    A source that scores 0 looks as dull to a bandit as one that is solved, and is starved. `format_failure`: the share
-    of unreadable answers above which a source without a right one raises the alarm; `after`: the rollouts since its
-    last right one before it may.
+    A source that scores 0 looks as dull to a bandit as one that is solved, and is starved. What counts are about the
+    last `after` rollouts of a source (older ones fade out), once there are so many: fewer than 5 % right, and more than
+    the share `format_failure` unreadable.
     """
 
     def __init__(self, n_sources: int, *, format_failure: float = 0.5, after: int = 64):
         check_number("alarm.format_failure", format_failure, 0, 1)
         check_number("alarm.after", after, 1, whole=True)
         self._threshold, self._after = format_failure, after
-        self._since = np.zeros((n_sources, 3), np.int64)  # rollouts, unreadable, cut at the limit: since the last right
+        self._counts = np.zeros((n_sources, 4))  # float64: rollouts, right, unreadable, cut at the limit; faded
 
     def observe(self, outcomes: Outcomes) -> None:
-        n_sources = len(self._since)
+        n_sources = len(self._counts)
         unreadable = ~outcomes.well_formed | ~np.isfinite(outcomes.rewards)
-        columns = (np.ones(len(unreadable), bool), unreadable, unreadable & ~outcomes.finished)
-        for i, column in enumerate(columns):
-            self._since[:, i] += np.bincount(outcomes.source_ids[column], minlength=n_sources)
-        self._since[np.unique(outcomes.source_ids[outcomes.correct])] = 0
+        every = np.ones(len(unreadable), bool)
+        columns = (every, outcomes.correct & ~unreadable, unreadable, unreadable & ~outcomes.finished)
+        new = [np.bincount(outcomes.source_ids[column], minlength=n_sources) for column in columns]
+        self._counts += np.stack(new, axis=1)
+        self._counts *= np.minimum(1.0, self._after / np.maximum(self._counts[:, :1], 1.0))
 
     def raised(self) -> np.ndarray:
         """bool [K]."""
-        n, unreadable, _ = self._since.T
-        return (n >= self._after) & (unreadable > self._threshold * n)
+        n, right, unreadable, _ = self._counts.T
+        return (n > self._after - 0.5) & (right < _ALMOST_NONE * n) & (unreadable > self._threshold * n)
 
     def message(self, source: int) -> str:
         """What is wrong, and where to look."""
-        n, unreadable, cut = self._since[source].tolist()
+        n, right, unreadable, cut = self._counts[source].tolist()
         where = "verifier or prompt format broken?"
         if 2 * cut > unreadable:
             where = "model.grpo.length_params.max_length too small?"
-        return f"none of the last {n} rollouts right, {unreadable} unreadable ({cut} of them cut at the limit): {where}"
+        shares = f"{right / n:.0%} right, {unreadable / n:.0%} unreadable ({cut / n:.0%} cut at the limit)"
+        return f"of about the last {n:.0f} rollouts {shares}: {where}"
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"since": self._since.copy()}
+        return {"counts": self._counts.copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._since = state["since"].astype(np.int64)
+        self._counts = state["counts"].astype(np.float64)

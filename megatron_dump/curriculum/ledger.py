@@ -69,6 +69,8 @@ class Ledger:
             if not np.array_equal(getattr(outcomes, name), getattr(self, name)[groups]):
                 raise ValueError(f"{name} of the outcomes of step {step} are not those of its draw")
         present, counts = np.unique(groups, return_counts=True)
+        if len(np.unique(groups << 20 | outcomes.samples)) != len(groups):
+            raise ValueError(f"a sample of a group of step {step} comes twice in its outcomes")
         if (cut := counts != self.rollouts[present]).any():
             group, n, asked = int(present[cut][0]), int(counts[cut][0]), int(self.rollouts[present[cut][0]])
             raise ValueError(

@@ -32,6 +32,10 @@ class PromptPolicy(Protocol):
         """
         ...
 
+    def available(self, step: int) -> np.ndarray:
+        """int64 [K]: how many different rows of each source there are to draw from at `step`."""
+        ...
+
     def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
         """Rows (int64) to be rolled out n times each before the training round of `step`, and n; None: none (any more).
 
@@ -74,6 +78,9 @@ class Epoch:
             rows[again] = self._passes.take(source_ids[again], continued=True)
             again = again[np.isin(rows[again], exclude)]
         return rows
+
+    def available(self, step: int) -> np.ndarray:
+        return self._sizes
 
     def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
         return None

@@ -19,12 +19,15 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Diffe
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     names = {"source names" if k == "sources" else k: v for k, v in identity.items() if k != "config"}
-    return names | dict(identity.get("config", {}))
+    blocks = {k: v for k, v in identity.get("config", {}).items() if k != "alarm"}  # no draw depends on it
+    return names | blocks
 
 
 def refusal(difference: Difference) -> str:
     """One line: both values, and what can be done."""
     key, saved, here = difference
+    if key == "version":
+        return f"the checkpoint's curriculum has version {saved!r}, this program's {here!r}: they cannot be mixed"
     return (
         f"curriculum {key} differs: the checkpoint has {saved!r}, this run {here!r}; set it back, choose another "
         f"exp_manager.explicit_log_dir, or set {ROOT}.resume_changed=allow"

@@ -78,6 +78,9 @@ class Thompson:
         before = np.cumsum(fresh) - fresh  # fresh candidates before each one
         return fresh & (before - before[np.searchsorted(sources, sources)] < chance[sources])
 
+    def available(self, step: int) -> np.ndarray:
+        return self._rows.sizes
+
     def pre_rollouts(self, step: int) -> tuple[np.ndarray, int] | None:
         return None
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron_dump.curriculum.codec import outcomes_from_json
 from megatron_dump.curriculum.replay import read_log, verify
 from megatron_dump.rewards import register_reward, reward_fn
 from megatron_dump.types import Score
@@ -108,6 +109,30 @@ def test_ragged_filtered_groups_train_alike_on_any_layout(data, tmp_path):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), (ours["step"], key)
     assert short  # some groups were rejected
     assert [e["kind"] for e in rows(four, "events.jsonl")] == [e["kind"] for e in rows(one, "events.jsonl")]
+
+
+def test_the_loss_is_the_mean_that_its_mode_says(data, tmp_path):
+    """On one recording of ragged groups. With ratio 1 a rollout's loss is -A: in the means over rollouts the advantages
+    of a group cancel, in the token mean the longer answers count more; and every mode has its own gradient."""
+    ragged = {k: v for k, v in RAGGED.items() if "filter" not in k and "loss_agg" not in k}
+    ragged |= {"trainer.grpo.max_steps": 1, "model.global_batch_size": 32, "trainer.grpo.normalize_rewards": "false"}
+    ragged[f"{BLOCK}.prompts"] = "{name: cures, subsets: 10, pre_rollouts: 4, floor: 1.0}"  # prompts of every pass rate
+    norms = set()
+    for mode in ("token-mean", "seq-mean-token-mean", "prompt-mean"):
+        where = {"trainer.grpo.inference_backend.record": tmp_path / "rollouts"}
+        if norms:
+            where = {f"trainer.grpo.inference_backend.{k}": v for k, v in
+                     (("type", "recorded"), ("path", tmp_path / "rollouts"))}  # fmt: skip
+        train(1, data, tmp_path / mode, **ragged, **where, **{"model.grpo.loss_agg_mode": mode})
+        (row,) = rows(tmp_path / mode)
+        told = [outcomes_from_json(e["outcomes"]) for e in rows(tmp_path / mode, "curriculum.jsonl") if "outcomes" in e]
+        trained = told[-1]
+        assert trained.kept.all() and len(set(np.bincount(trained.group_ids)) - {0}) > 1
+        expected = -(trained.advantages * trained.lengths).sum() / trained.lengths.sum() if mode == "token-mean" else 0.0
+        assert row["actor/pg_loss"] == pytest.approx(expected, abs=1e-6)
+        assert (abs(expected) > 1e-3) == (mode == "token-mean")
+        norms.add(round(row["actor/grad_norm"], 5))
+    assert len(norms) == 3
 
 
 def test_a_step_without_a_group_worth_training_on_trains_nothing_and_goes_on(data, tmp_path):

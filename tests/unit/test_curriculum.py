@@ -155,6 +155,18 @@ def test_a_source_without_other_rows_is_not_refilled():
     assert np.sum(refill.source_ids == 0) == min(n_a, max(0, 5 - n_a)) and np.sum(refill.source_ids == 1) == 8 - n_a
 
 
+def test_a_refill_stays_in_the_subset_and_repeats_no_prompt():
+    prompts = {"name": "cures", "subsets": 2}
+    curriculum = make(
+        "uniform", rows=["x"] * 20, n_prompts=8, prompts=prompts, blocks={"filter": {"name": "zero_variance"}}
+    )
+    draw = curriculum.draw(0)
+    refill = curriculum.refill(0, draw.group_ids)
+    assert len(refill.prompt_ids) == 2  # ten rows in the subset, eight of them drawn
+    assert not set(refill.prompt_ids) & set(draw.prompt_ids)
+    assert curriculum.refill(0, refill.group_ids) is None
+
+
 def test_without_a_filter_nothing_is_rejected():
     curriculum = make()
     draw = curriculum.draw(0)
@@ -201,8 +213,9 @@ def test_pre_rollouts_come_before_their_step_and_do_not_train():
     assert halves[0] == halves[2] and halves[1] == halves[3] and not halves[0] & halves[1]
 
 
-def test_a_step_with_pre_rollouts_out_cannot_go_on():
-    curriculum = make(prompts={"name": "cures", "subsets": 1, "pre_rollouts": 2})
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_step_with_pre_rollouts_out_cannot_go_on(staleness):
+    curriculum = make(prompts={"name": "cures", "subsets": 1, "pre_rollouts": 2}, staleness=staleness)
     draw = curriculum.draw(0)
     assert not draw.train
     with pytest.raises(RuntimeError, match=r"draw\(0\) before the outcomes of step 0 were observed"):
@@ -225,6 +238,10 @@ def test_stale_and_disordered_calls_are_refused():
     for field in ("source_ids", "prompt_ids"):
         with pytest.raises(ValueError, match=f"{field} of the outcomes of step 0 are not those of its draw"):
             curriculum.observe(dataclasses.replace(good, **{field: getattr(good, field) + 1}))
+    with pytest.raises(ValueError, match="a sample of a group of step 0 comes twice"):
+        curriculum.observe(dataclasses.replace(good, samples=0 * good.samples))
+    with pytest.raises(ValueError, match="ages of the outcomes of step 0 are below 0"):
+        curriculum.observe(dataclasses.replace(good, ages=good.ages - 1))
     with pytest.raises(ValueError, match=r"group_ids of step 0 are not all in 0\.\.7"):
         curriculum.observe(dataclasses.replace(good, group_ids=good.group_ids + 1))
     curriculum.observe(good)
@@ -303,6 +320,16 @@ def test_a_resume_that_would_differ_is_refused(changed, message):
     with pytest.raises(ValueError, match=message) as error:
         make(**changed).load_state_dict(curriculum.state_dict())
     assert "trainer.grpo.curriculum.resume_changed=allow" in str(error.value)
+
+
+def test_numbers_as_source_names_and_another_alarm_are_no_change():
+    rows, weights = ["3"] * 20 + ["14"] * 20, {3: 1.0, 14: 2.0}
+    before = make("static", rows=rows, weights=weights)
+    run(before, 2)
+    after = make("static", rows=rows, weights=weights, blocks={"alarm": {"after": 8}})
+    assert after.load_state_dict(json.loads(json.dumps(before.state_dict()))) == []
+    with pytest.raises(ValueError, match="curriculum has version 1, this program's 2: they cannot be mixed"):
+        after.load_state_dict({**before.state_dict(), "version": 1}, allow_changes=True)
 
 
 def test_an_allowed_change_keeps_what_fits_by_name_and_says_what_it_reset():
@@ -398,6 +425,27 @@ def test_the_alarm_tells_a_broken_verifier_from_a_hard_source():
     assert curriculum.metrics()["curriculum/a/format_failure"] == 1
     run(curriculum, 1)  # repaired
     assert curriculum.alarms() == {}
+
+
+def test_the_alarm_looks_at_the_latest_rollouts_and_ends_with_the_fault():
+    """A source with a long readable past breaks, and is repaired: both are noticed within some `after` rollouts."""
+    curriculum = make("uniform", rows=["x"] * 40, blocks={"alarm": {"after": 64}})
+    readable, nothing = np.ones(32, bool), np.zeros(32)
+    run(curriculum, 20, lambda draw: answer(draw, nothing, well_formed=readable))  # hard: never right
+    assert curriculum.alarms() == {}
+    run(curriculum, 3, lambda draw: answer(draw, nothing, well_formed=~readable))
+    assert list(curriculum.alarms()) == ["x"]
+    lucky = np.arange(32) == 5  # 3 % right, the rest unreadable: no reason to calm down
+    run(curriculum, 5, lambda draw: answer(draw, lucky, well_formed=lucky))
+    assert list(curriculum.alarms()) == ["x"]
+    run(curriculum, 3, lambda draw: answer(draw, nothing, well_formed=readable))
+    assert curriculum.alarms() == {}
+
+
+def test_rewards_that_are_missing_count_as_unreadable():
+    curriculum = make("uniform", rows=["x"] * 40)
+    run(curriculum, 3, lambda draw: answer(draw, np.full(32, np.nan)))
+    assert list(curriculum.alarms()) == ["x"]
 
 
 def test_an_alarm_about_cut_answers_names_the_length_limit():

@@ -30,8 +30,8 @@ def dropped(step: int, outcomes: Outcomes, sources: Sequence[str]) -> list[Event
 def reward_faults(step: int, faults: Mapping[str, tuple[int, int]]) -> list[Event]:
     """Responses that could not be judged: source -> (time-outs, crashes)."""
     return [
-        _event(step, "reward_fault", source, f"{timeouts} responses took the reward function too long, {crashes} crashed "
-               "it (model.data.reward_workers)")
+        _event(step, "reward_fault", source, f"{timeouts} responses took the reward function too long, {crashes} "
+               "crashed it (model.data.reward_workers)")
         for source, (timeouts, crashes) in faults.items()
     ]  # fmt: skip
 

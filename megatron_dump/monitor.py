@@ -99,8 +99,8 @@ class Monitor:
     def log_events(self, events: list[dict[str, Any]]) -> None:
         """Print what is out of the ordinary, and keep it in events.jsonl, for the report.
 
-        Each has step, kind ("alarm", "dropped", "short_batch", "reward_fault" or "notice"), source (None: the run as a whole) and
-        message. An alarm is sent once, when it is raised; its end is a notice.
+        Each has step, kind ("alarm", "dropped", "short_batch", "reward_fault" or "notice"), source (None: the run as a
+        whole) and message. An alarm is sent once, when it is raised; its end is a notice.
         """
         self._append("events.jsonl", events)
         if self._active:

@@ -68,8 +68,12 @@ class Ledger:
         for name in ("source_ids", "prompt_ids"):
             if not np.array_equal(getattr(outcomes, name), getattr(self, name)[groups]):
                 raise ValueError(f"{name} of the outcomes of step {step} are not those of its draw")
-        present, counts = np.unique(groups, return_counts=True)
-        if len(np.unique(groups << 20 | outcomes.samples)) != len(groups):
+        key = groups << 20 | outcomes.samples
+        if not np.all(key[1:] > key[:-1]):  # not in global order, or not each once
+            key = np.unique(key)
+        starts = np.flatnonzero(np.diff(key >> 20, prepend=-1))
+        present, counts = key[starts] >> 20, np.diff(starts, append=len(key))
+        if len(key) != len(groups):
             raise ValueError(f"a sample of a group of step {step} comes twice in its outcomes")
         if (cut := counts != self.rollouts[present]).any():
             group, n, asked = int(present[cut][0]), int(counts[cut][0]), int(self.rollouts[present[cut][0]])

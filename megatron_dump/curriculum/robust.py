@@ -78,12 +78,12 @@ class DumpUCBRobust(Learner):
         sources, correct = outcomes.source_ids[usable], outcomes.correct[usable]
         self._see_rewards(sources, outcomes.rewards[usable])
         # Groups, numbered 0.. by id, with what each needs to be judged.
-        group, size = _groups(outcomes.group_ids[usable])
+        ids, group, size = _groups(outcomes.group_ids[usable])
         source, age = np.empty(size.size, np.int64), np.full(size.size, np.iinfo(np.int64).min)
         source[group] = sources
         np.maximum.at(age, group, outcomes.ages[usable])  # as old as its oldest rollout
         value = self._judge(source, group, size, correct, np.abs(outcomes.advantages[usable]))
-        self._estimator.observe(source, value, age, self._latest_step, np.unique(outcomes.group_ids[usable]))
+        self._estimator.observe(source, value, age, self._latest_step, ids)
         self._pass_rate.observe(sources, correct, step=outcomes.step)
 
     def _see_rewards(self, sources: np.ndarray, rewards: np.ndarray) -> None:
@@ -141,8 +141,9 @@ class DumpUCBRobust(Learner):
 _ROBUST_STATE = ("n_prompts", "n_dropped", "low", "high", "rewarded", "graded")
 
 
-def _groups(group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int64 [n] -> the group of every rollout, 0.. in the order of the ids, int64 [n], and the group sizes."""
-    ids = group_ids - group_ids.min()
-    sizes = np.bincount(ids)
-    return (np.cumsum(sizes > 0) - 1)[ids], sizes[sizes > 0]
+def _groups(group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids int64 [n] -> the different ones, sorted; the group of every rollout, 0.. in that order [n]; group sizes."""
+    first = group_ids.min()
+    sizes = np.bincount(group_ids - first)
+    present = np.flatnonzero(sizes)
+    return first + present, (np.cumsum(sizes > 0) - 1)[group_ids - first], sizes[present]

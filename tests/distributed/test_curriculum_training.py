@@ -128,7 +128,9 @@ def test_the_loss_is_the_mean_that_its_mode_says(data, tmp_path):
         told = [outcomes_from_json(e["outcomes"]) for e in rows(tmp_path / mode, "curriculum.jsonl") if "outcomes" in e]
         trained = told[-1]
         assert trained.kept.all() and len(set(np.bincount(trained.group_ids)) - {0}) > 1
-        expected = -(trained.advantages * trained.lengths).sum() / trained.lengths.sum() if mode == "token-mean" else 0.0
+        expected = (
+            -(trained.advantages * trained.lengths).sum() / trained.lengths.sum() if mode == "token-mean" else 0.0
+        )
         assert row["actor/pg_loss"] == pytest.approx(expected, abs=1e-6)
         assert (abs(expected) > 1e-3) == (mode == "token-mean")
         norms.add(round(row["actor/grad_norm"], 5))

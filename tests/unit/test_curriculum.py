@@ -296,7 +296,9 @@ def test_incomplete_groups_are_refused():
     curriculum = make()
     results = answer(curriculum.draw(0))
     some = {f.name: getattr(results, f.name)[:-1] for f in dataclasses.fields(results) if f.name != "step"}
-    with pytest.raises(ValueError, match="group 7 of step 0 has 3 rollouts, its draw asked for 4: outcomes come in whole"):
+    with pytest.raises(
+        ValueError, match="group 7 of step 0 has 3 rollouts, its draw asked for 4: outcomes come in whole"
+    ):
         curriculum.observe(Outcomes(step=0, **some))
 
 

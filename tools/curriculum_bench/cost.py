@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 import numpy as np
 from rich.console import Console
@@ -16,10 +18,12 @@ from rich.progress import Progress
 from curriculum_bench.published import Items, PublishedSampler
 from curriculum_bench.report import Grid
 from curriculum_bench.runs import POLICIES, Config
+from megatron_dump.batches import share_of_draw
 from megatron_dump.curriculum import Curriculum
 from megatron_dump.curriculum.simulator import Learner, Scenario, joined
 from megatron_dump.types import Draw, Outcomes
 
+LOGGED = "dump_ucb"  # also measured with its log, as in a run
 PUBLISHED = "published sampler's way"
 WORLD = Scenario(
     "cost", "", names=tuple(f"source_{k:04d}" for k in range(1000)), sizes=(1000,) * 1000,
@@ -70,17 +74,13 @@ class Shuffled:
         return dataclasses.replace(outcomes, prompt_ids=np.repeat(draw.prompt_ids, draw.rollouts))
 
 
-def shares(draw: Draw, ranks: int) -> list[np.ndarray]:
-    """[ranks]: the rows of every rank's rollouts, a contiguous part each, as even as np.array_split makes them."""
-    rows = np.repeat(draw.prompt_ids, draw.rollouts)
-    each, longer = divmod(len(rows), ranks)
-    rank = np.arange(ranks + 1)
-    bounds = (rank * each + np.minimum(rank, longer)).tolist()
-    return [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
+def measure(
+    config: Config, scenario: Scenario, data: Shuffled, steps: int, ranks: int, log: TextIO | None = None
+) -> Clock:
+    """Start-up once, then `steps` steps; the learner's own time is left out. A filter's refills count as drawing.
 
-
-def measure(config: Config, scenario: Scenario, data: Shuffled, steps: int, ranks: int) -> Clock:
-    """Start-up once, then `steps` steps; the learner's own time is left out. A filter's refills count as drawing."""
+    With `log` every draw and outcome is written there as in a run, and a step's metrics are made as well.
+    """
     clock = Clock()
     names = data.names()
     data.learner.skill[:] = 0.0  # every policy meets the same learner
@@ -88,12 +88,16 @@ def measure(config: Config, scenario: Scenario, data: Shuffled, steps: int, rank
         curriculum = Curriculum(
             names, scenario.prompts_per_step, scenario.samples_per_prompt, 0, config, "cost", max_steps=steps
         )
+        if log is not None:
+            curriculum.on_event = lambda event: print(json.dumps(event), file=log)
+            print(json.dumps(curriculum.header()), file=log)
     for step in range(steps):
         drawing = 0.0
         with clock("draw"):
             draw: Draw | None = curriculum.draw(step)
         with clock("shares"):
-            assert draw is not None and len(shares(draw, ranks)) == ranks
+            assert draw is not None
+            share_of_draw(draw, 1, ranks, ranks // 2)
         rounds = []
         while draw is not None:
             rounds.append(data.answer(draw))
@@ -105,7 +109,14 @@ def measure(config: Config, scenario: Scenario, data: Shuffled, steps: int, rank
         outcomes = joined(rounds)
         with clock("observe"):
             curriculum.observe(outcomes)
+        with clock("metrics"):
+            curriculum.metrics()
     return clock
+
+
+def measure_logged(config: Config, scenario: Scenario, data: Shuffled, steps: int, ranks: int) -> Clock:
+    with tempfile.TemporaryFile("w") as log:
+        return measure(config, scenario, data, steps, ranks, log)
 
 
 def measure_published(scenario: Scenario, data: Shuffled, steps: int, ranks: int) -> Clock:
@@ -121,10 +132,11 @@ def measure_published(scenario: Scenario, data: Shuffled, steps: int, ranks: int
             batch = sampler.draw(scenario.prompts_per_step)
         with clock("shares"):
             rows = [row for _, row in batch for _ in range(g)]
-            assert len([rows[i * len(rows) // ranks : (i + 1) * len(rows) // ranks] for i in range(ranks)]) == ranks
+            assert rows[(ranks // 2) * len(rows) // ranks : (ranks // 2 + 1) * len(rows) // ranks]
         sources = [source for source, _ in batch for _ in range(g)]
         with clock("observe"):
             sampler.observe(sources, advantages)
+        clock.seconds.setdefault("metrics", []).append(0.0)
     return clock
 
 
@@ -137,17 +149,21 @@ def grid(quick: bool, only: Sequence[str]) -> Grid:
         label: (steps, lambda n, make=make: measure(make(scenario), scenario, data, n, ranks))
         for label, make in policies.items()
     }
+    if LOGGED in policies:
+        config = policies[LOGGED](scenario)
+        todo[f"{LOGGED}, logged"] = steps, lambda n: measure_logged(config, scenario, data, n, ranks)
     todo[PUBLISHED] = (slow_steps, lambda n: measure_published(scenario, data, n, ranks))
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         for label, (n, timed) in progress.track(todo.items(), description="cost"):
             clock = timed(n)
-            phases = map(clock.cell, ("draw", "shares", "observe"))
+            phases = map(clock.cell, ("draw", "shares", "observe", "metrics"))
             rows.append([label, str(n), f"{clock.seconds['start'][0]:.2f}", *phases])
     title = (
         f"Cost: {sum(scenario.sizes):,} prompts of {len(scenario.names):,} sources; a step of "
         f"{scenario.prompts_per_step:,} prompts x {scenario.samples_per_prompt} rollouts for {ranks:,} data-parallel "
         f"ranks ({GOAL})"
     )
-    columns = ["policy", "steps", "start, s", "draw, ms: median / worst", f"{ranks} shares, ms", "observe, ms"]
+    columns = ["policy", "steps", "start, s", "draw, ms: median / worst", f"a rank's share of {ranks}, ms",
+               "observe, ms", "metrics for the log, ms"]  # fmt: skip
     return Grid(title, columns, rows)

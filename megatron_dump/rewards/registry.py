@@ -82,12 +82,12 @@ def reward_functions(mapping: Mapping[str, Any], sources: Iterable[str]) -> dict
     return {source: built[pattern] for source, pattern in pattern_of.items()}
 
 
-def importable_targets() -> dict[str, str]:
-    """Name -> "module:attribute" of every reward registered at run time: what another process needs to know them.
-
-    ValueError for one that no other process can import.
+def importable_targets(mapping: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> "module:attribute" of the rewards in a mapping that were registered at run time: what another process
+    needs to know them. ValueError for one that no other process can import.
     """
-    return {name: _path(name, target) for name, target in _TARGETS.items() if name not in _OURS}
+    used = {value.get("name") if isinstance(value, Mapping) else value for value in mapping.values()}
+    return {name: _path(name, target) for name, target in _TARGETS.items() if name in used and name not in _OURS}
 
 
 def _pattern(source: str, mapping: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ class RewardPool:
         setup = {
             "mapping": {pattern: dict(v) if isinstance(v, Mapping) else v for pattern, v in mapping.items()},
             "sources": self.sources,
-            "registered": importable_targets(),
+            "registered": importable_targets(mapping),
             "memory_gb": memory_gb,
         }
         self._processes = Processes(workers, pickle.dumps(setup), timeout_s, start_timeout_s)

@@ -29,7 +29,13 @@ def _by_length(text: str, ground_truth: str) -> Score:
 
 
 register_reward("test_nan", _nan_if_long)
-register_reward("test_broken", lambda text, ground_truth: Score(0.0, False, False))
+
+
+def _broken(text: str, ground_truth: str) -> Score:
+    return Score(0.0, False, False)
+
+
+register_reward("test_broken", _broken)
 register_reward("test_by_length", _by_length)
 
 

@@ -99,7 +99,8 @@ def test_registering(monkeypatch):
     assert reward_fn("mine") is faulty_rewards.obey
     with pytest.raises(ValueError, match="'kk' exists already"):
         register_reward("kk", faulty_rewards.obey)
-    assert registry.importable_targets() == {"mine": f"{PATH}:obey"}
+    assert registry.importable_targets({"a": "mine", "b": {"name": "kk"}}) == {"mine": f"{PATH}:obey"}
     register_reward("bound", faulty_rewards.Stateful().__call__)
     with pytest.raises(ValueError, match="'bound' .* cannot be imported"):
-        registry.importable_targets()
+        registry.importable_targets({"a": {"name": "bound"}})
+    assert registry.importable_targets({"a": "mine"}) == {"mine": f"{PATH}:obey"}  # the other is not asked for

@@ -188,8 +188,8 @@ def test_functions_registered_at_run_time_reach_the_processes(monkeypatch):
         assert [s.reward for s in scores] == [3.0, 5.0]
     registry.register_reward("hidden", lambda text, truth: None)
     with pytest.raises(ValueError, match=r"'hidden' .* cannot be imported by a reward process; put it at the top"):
-        pool(1, {"a": "hidden"})
-    pool(0, {"a": "hidden"}).close()
+        pool(1, {"*": "hidden"})
+    pool(0, {"*": "hidden"}).close()
     pool(1, mapping).close()  # does not ask for it
 
 

@@ -1,132 +1,80 @@
-"""Knights and Knaves puzzles as JSON lines: `python -m kk.generate --people 2-5 --per-size 400 --seed 1 --out DIR`.
+"""Knights and Knaves puzzles as JSON lines.
 
-Makes DIR/train/people<n>.jsonl and DIR/test/people<n>.jsonl. Training and test puzzles are never the same up to
-relabelling, whatever the seeds and sizes of the two runs: a puzzle's split is a hash of its canonical form
-(`kk.puzzle.canonical`), one class in five going to the test side. Rows of a split may repeat a class with other names
-or in another order, but never the same statements with the same names. Few people make few classes:
+    python -m kk.generate --people 3-14 --per-size 1100 --seed 1234 --out DIR
 
-    people   classes train / test   statements train / test   puzzles, with 60 names
-    2        56 / 21                287 / 112                 1,015,980 / 396,480
-    3        9,648 / 2,406          244,422 / 59,854          over 10^10 / over 10^10
+Makes DIR/train/people<n>.jsonl with --per-size puzzles and DIR/test/people<n>.jsonl with --test-per-size, in the
+published schema; each has one solution. Training and test puzzles are never the same up to relabelling, nor in other
+words with the same truth tables, whatever the seeds and sizes of the two runs (kk.split). `--split none` makes
+DIR/people<n>.jsonl of all puzzles instead.
+
+Rows of a side may repeat a class with other names or in another order, but never the same statements with the same
+names; `--distinct class` gives each class once. Few people make few puzzles (train / test / all, those on neither side
+too):
+
+    people   classes              statements                  puzzles, with 60 names
+    2        24 / 8 / 41          201 / 62 / 399              711,540 / 219,480 / 1,412,460
+    3        1,423 / 590 / 2,430  153,050 / 27,957 / 304,276  over 10^9
+The files are a function of the options but --workers. 8 bytes a puzzle are remembered; all else streams.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
-import itertools
+import contextlib
 import json
 import math
-import os
-import random
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 
 from kk import text
-from kk.puzzle import Statements, all_statements, canonical, random_statements, unique_solution
+from kk.chunks import Spec
+from kk.files import writing_text
+from kk.grammar import PUBLISHED, Grammar
+from kk.progress import bar
+from kk.split import SPLITS, split_of
+from kk.stream import ANY, Stream, Workers, check_supply
+from kk.supply import DISTINCT, count_available, count_solvable
+from kk.text import FRAMES, KNIGHTS, NAMES, Roles
 
-SPLITS = ("train", "test")
-TEST_SHARE = 5  # one class in TEST_SHARE is a test class
+__all__ = ["SPLITS", "count_available", "count_solvable", "iter_puzzles", "main", "parse_people", "split_of"]
 
-# People -> number of puzzles from which on it is worth counting how many exist at all. Three people have over 300,000
-# in either split, and four over 10^9: more than anybody asks for.
-_COUNT_FROM = {2: 0, 3: 50_000}
-
-
-def split_of(statements: Statements) -> str:
-    """ "train" or "test": a function of the puzzle's class alone."""
-    digest = hashlib.blake2b(repr(canonical(statements)).encode(), digest_size=8).digest()
-    return "train" if int.from_bytes(digest, "big") % TEST_SHARE else "test"
-
-
-@functools.cache
-def count_solvable(n: int, split: str | None = None) -> int:
-    """How many statement tuples of n <= 3 people have a unique solution and fall into `split` (None: either).
-
-    By enumeration: at once for two people, ten seconds or so for three.
-    """
-    every = itertools.product(*(tuple(all_statements(speaker, n)) for speaker in range(n)))
-    return sum(unique_solution(s) is not None and split in (None, split_of(s)) for s in every)
-
-
-def count_available(n: int, names: int, split: str | None = None) -> int:
-    """How many distinct puzzles (statements with names) of n <= 3 people there are."""
-    return count_solvable(n, split) * math.perm(names, n)
+_UPDATE_EVERY = 100  # lines a step of the progress bar
 
 
 def iter_puzzles(
-    n: int, seed: int, names: int = len(text.NAMES), frames: int = len(text.FRAMES), split: str | None = None
-) -> Iterator[dict]:
+    n: int,
+    seed: int,
+    names: int | None = None,
+    frames: int = len(FRAMES),
+    split: str | None = None,
+    *,
+    roles: tuple[Roles, ...] = (KNIGHTS,),
+    grammar: Grammar = PUBLISHED,
+    distinct: str = "puzzle",
+    cot: bool = True,
+) -> Iterator[dict[str, Any]]:
     """Puzzles of n people with a unique solution, in the published schema, no two alike in statements and names.
 
-    The stream depends on these arguments only. `names`: draw from the first so many of `kk.text.NAMES`; `frames`:
-    word statements with the first so many of `kk.text.FRAMES`; `split`: only puzzles of that side. It ends when
-    two or three people have no further puzzle; it remembers what it gave out (about 100 bytes a puzzle).
+    The stream depends on these arguments only. `names`: draw from the first so many of `kk.names` (default: 60, or n);
+    `frames`: word statements with the first so many of `kk.text.FRAMES`; `split`: only puzzles of that side; `roles`:
+    each puzzle draws one; `distinct`: "class" for no two isomorphic; `cot`: with the cot_… fields. It ends when two
+    or three people have no further puzzle, and remembers 8 bytes a puzzle.
     """
-    _check(n, names, frames, split)
-    rng = random.Random(f"kk/{seed}/{n}/{split}")  # only random() is used: the same numbers in every Python
-    seen: set[bytes] = set()
-    limit = math.inf
-    while len(seen) < limit:
-        if len(seen) == _COUNT_FROM.get(n):
-            limit = count_available(n, names, split)
-            if len(seen) >= limit:
-                return
-        statements, solution = _solvable(rng, n, split)
-        people = _sample(rng, names, n)
-        written = repr(statements)
-        key = hashlib.blake2b(f"{written}{people}".encode(), digest_size=16).digest()
-        wording = [text.FRAMES[int(rng.random() * frames)] for _ in range(n)]
-        if key not in seen:
-            seen.add(key)
-            names_drawn = [text.NAMES[i] for i in people]
-            quiz = text.quiz_text(statements, names_drawn, wording)
-            yield _row(quiz, names_drawn, solution, written, index=len(seen) - 1)
-
-
-def _check(n: int, names: int, frames: int, split: str | None) -> None:
-    if n < 2:
-        raise ValueError(f"people={n}: no puzzle of fewer than 2 people has a unique solution")
-    if not n <= names <= len(text.NAMES):
-        raise ValueError(f"names={names}: must be from people={n} to {len(text.NAMES)}, the number of names there are")
-    if not 1 <= frames <= len(text.FRAMES):
-        raise ValueError(f"frames={frames}: must be from 1 to {len(text.FRAMES)}, the number of sentence frames")
     if split not in (None, *SPLITS):
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}, or None for both")
+    if distinct not in DISTINCT:
+        raise ValueError(f"distinct={distinct!r}: must be one of {', '.join(DISTINCT)}")
+    spec = Spec(n, seed, _names(names, n), frames, roles, grammar, cot)
+    for _, line in Stream(spec, {split or ANY: math.inf}, distinct):
+        yield json.loads(line)
 
 
-def _solvable(rng: random.Random, n: int, split: str | None) -> tuple[Statements, tuple[bool, ...]]:
-    """The next statements with a unique solution and of the wanted side, with that solution."""
-    while True:
-        statements = random_statements(rng, n)
-        solution = unique_solution(statements)
-        if solution is not None and split in (None, split_of(statements)):
-            return statements, solution
-
-
-def _sample(rng: random.Random, population: int, k: int) -> list[int]:
-    """k distinct numbers below `population`, in random order (the first steps of a Fisher-Yates shuffle)."""
-    pool = list(range(population))
-    for i in range(k):
-        j = i + int(rng.random() * (population - i))
-        pool[i], pool[j] = pool[j], pool[i]
-    return pool[:k]
-
-
-def _row(quiz: str, names: list[str], solution: Sequence[bool], statements: str, index: int) -> dict[str, object]:
-    return {
-        "quiz": quiz,
-        "names": names,
-        "knight_knave": text.KNIGHT_KNAVE,
-        "solution": list(solution),
-        "solution_text": text.solution_text(solution, names),
-        "solution_text_format": text.solution_text_format(solution, names),
-        "statements": statements,
-        "index": index,
-    }
+def _names(asked: int | None, n: int) -> int:
+    return max(len(NAMES), n) if asked is None else asked
 
 
 def parse_people(spec: str) -> list[int]:
@@ -140,57 +88,84 @@ def parse_people(spec: str) -> list[int]:
     return sorted(sizes)
 
 
-def write_split(path: Path, puzzles: Iterator[dict], count: int, advance: Callable[[], object]) -> None:
-    """Write `count` puzzles as JSON lines; the file appears under its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in itertools.islice(puzzles, count):
-                file.write(json.dumps(row) + "\n")
-                advance()
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def check_supply(n: int, names: int, wanted: dict[str, int]) -> None:
-    """ValueError with the number available when a split of few people cannot have so many distinct puzzles."""
-    for split, count in wanted.items():
-        if count > _COUNT_FROM.get(n, math.inf) and count > (there_are := count_available(n, names, split)):
-            raise ValueError(
-                f"people={n}: {count} {split} puzzles asked for, but with {names} names only {there_are} distinct ones "
-                f"exist; ask for fewer, or raise --names (at most {len(text.NAMES)})"
-            )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kk.generate", description="Knights and Knaves puzzles as JSON lines."
     )
-    parser.add_argument("--people", default="2-8", help="sizes, such as 2-5 or 3,5,8 (default: %(default)s)")
-    parser.add_argument("--per-size", type=int, default=900, help="training puzzles a size (default: %(default)s)")
-    parser.add_argument("--test-per-size", type=int, default=100, help="test puzzles a size (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="each size and split has its own stream of this seed")
-    parser.add_argument("--names", type=int, default=len(text.NAMES), help="use the first so many names (default: all)")
-    parser.add_argument("--frames", type=int, default=len(text.FRAMES), help="and sentence frames (default: all)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train/ and test/")
-    args = parser.parse_args(argv)
-    wanted = {"train": args.per_size, "test": args.test_per_size}
+    add = parser.add_argument
+    add("--people", default="2-8", help="sizes, such as 2-5 or 3,5,8 (default: %(default)s)")
+    add("--per-size", type=int, default=900, help="training puzzles a size, or all with --split none (default: 900)")
+    add("--test-per-size", type=int, default=100, help="test puzzles a size (default: %(default)s)")
+    add("--seed", type=int, default=1234, help="each size has its own stream of this seed (default: %(default)s)")
+    add("--out", type=Path, required=True, help="folder for train/ and test/")
+    add("--split", nargs="?", const="both", default="both", choices=("both", *SPLITS, "none"),
+        help="sides to write; none: a file a size of all puzzles, whatever their side (default: both)")  # fmt: skip
+    add("--distinct", choices=DISTINCT, default="puzzle",
+        help="no two rows of a file alike in statements and names, or in class (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=1, help="processes; the files do not depend on it (default: %(default)s)")
+    add("--names", type=int, help="use the first so many names, also generated ones (default: 60, or the people)")
+    add("--frames", type=int, default=len(FRAMES), help="and sentence frames (default: all %(default)s)")
+    add("--roles", default="knight/knave", help="words such as saint/sinner; of several with commas each puzzle draws "
+        "one; all: the published pairs (default: %(default)s)")  # fmt: skip
+    add("--depth", type=int, default=2, help="levels of nesting of statements (default: %(default)s)")
+    add("--width", type=int, default=2, help='most operands of "and" and "or" (default: %(default)s)')
+    add("--no-constants", action="store_true", help="no self-contradictions and tautologies")
+    add("--no-repeats", action="store_true", help="no statement names somebody twice")
+    add("--no-cot", action="store_true", help="without the cot_... fields")
+    return parser.parse_args(argv)
+
+
+def streams(args: argparse.Namespace, workers: Workers | None = None) -> list[Stream]:
+    """One stream a size. ValueError for what cannot be made."""
+    per_side = {"train": args.per_size, "test": args.test_per_size}
+    wanted = {ANY: args.per_size} if args.split == "none" else {
+        side: count for side, count in per_side.items() if args.split in ("both", side)
+    }  # fmt: skip
+    for option, value in (("--per-size", args.per_size), ("--test-per-size", args.test_per_size)):
+        if value < 0:
+            raise ValueError(f"{option} {value}: must be at least 0")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    grammar = Grammar(args.depth, args.width, not args.no_constants, not args.no_repeats)
+    roles, made = text.parse_roles(args.roles), []
+    for n in parse_people(args.people):
+        spec = Spec(n, args.seed, _names(args.names, n), args.frames, roles, grammar, not args.no_cot)
+        made.append(Stream(spec, wanted, args.distinct, workers))
+        check_supply(spec, wanted, args.distinct)
+    return made
+
+
+def write(stream: Stream, out: Path, progress: Progress) -> None:
+    """Write the files of one size; they appear under their names only when both are whole."""
+    n = stream.spec.n
+    task = progress.add_task(f"{n} people", total=sum(stream.wanted.values()))
+    with contextlib.ExitStack() as stack:
+        files = {
+            side: stack.enter_context(writing_text((out if side == ANY else out / side) / f"people{n}.jsonl"))
+            for side in stream.wanted
+        }
+        for number, (side, line) in enumerate(stream, 1):
+            files[side].write(line + "\n")
+            if number % _UPDATE_EVERY == 0:
+                progress.update(task, completed=number)
+    progress.update(task, completed=sum(stream.counts.given.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     try:
-        sizes = parse_people(args.people)
-        for n in sizes:
-            _check(n, args.names, args.frames, None)
-            check_supply(n, args.names, wanted)
-    except ValueError as error:
-        parser.error(str(error))
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        for n, split in itertools.product(sizes, SPLITS):
-            task = progress.add_task(f"{split}, {n} people", total=wanted[split])
-            puzzles = iter_puzzles(n, args.seed, args.names, args.frames, split)
-            path = args.out / split / f"people{n}.jsonl"
-            write_split(path, puzzles, wanted[split], functools.partial(progress.advance, task))
+        streams(args)  # nothing is begun before all is checked
+        with contextlib.ExitStack() as stack:
+            workers = stack.enter_context(Workers(args.workers)) if args.workers > 1 else None
+            progress = stack.enter_context(bar())
+            for stream in streams(args, workers):
+                write(stream, args.out, progress)
+                print(f"people{stream.spec.n}: {stream.counts}", flush=True)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

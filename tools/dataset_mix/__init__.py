@@ -1,0 +1,1 @@
+"""The parts of tools/combine_datasets.py: read inputs, decide which rows to take, write them."""

@@ -56,12 +56,8 @@ def build_trainer(config: Config) -> GRPOTrainer:
         train.fingerprint,
         max_steps=grpo.max_steps,
     )
-    grid = parallel.initialize(
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        model.seed,
-        config.trainer.collective_timeout_s,
-    )
+    layout = parallel.Layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
     generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)

@@ -70,7 +70,7 @@ def static_engine(actor: MegatronGPTGRPOActor, path: str, rows: int) -> StaticIn
     module = model.build_model(actor.arch, actor.transformer_config, actor.parallel)
     model.layer_spec = ours
     module.rotary_pos_emb = module.rotary_pos_emb.rotary
-    convert.load_hf(module, actor.arch, actor.parallel, path)
+    convert.load_hf([module], actor.arch, actor.parallel, path)
     settings = InferenceWrapperConfig(
         hidden_size=WIDTH, inference_batch_times_seqlen_threshold=-1, fp32_residual_connection=False,
         params_dtype=torch.float32, padded_vocab_size=VOCABULARY, inference_max_requests=rows,

@@ -48,19 +48,22 @@ class MegatronGPTGRPOActor:
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision)
-        self.module = build_model(self.arch, self.transformer_config, parallel)
-        convert.load_hf(self.module, self.arch, parallel, path)
+        self.modules = [build_model(self.arch, self.transformer_config, parallel)]  # the chunks of this stage
+        convert.load_hf(self.modules, self.arch, parallel, path)
         self.reference = self._cpu_weights() if self.kl_penalty > 0 else None
-        self.model = DistributedDataParallel(
-            self.transformer_config,
-            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-            self.module,
-        )
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.models = [DistributedDataParallel(self.transformer_config, ddp, module) for module in self.modules]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.models)
         self.scheduler = _scheduler(config, self.optimizer)
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.version = 0  # optimizer steps taken: the policy_version of what is generated now
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The only model chunk of this stage. ValueError when the interleaved pipeline gives it several."""
+        (module,) = self.modules
+        return module
 
     def make_batch(
         self,
@@ -85,8 +88,9 @@ class MegatronGPTGRPOActor:
         `actor/pg_loss`, `actor/kl_loss`, `actor/loss`, `actor/entropy`, `actor/pg_clipfrac` are means over the sampled
         tokens of the global mini-batch.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         n_micro = len(batch.tokens) // self.micro_batch_size
         # The schedule divides by the number of micro-batches and DDP averages over ranks: undo both, so that the sum
@@ -126,7 +130,8 @@ class MegatronGPTGRPOActor:
 
         On the last pipeline stage; None on the others, which have no use for it.
         """
-        self.model.eval()
+        for model in self.models:
+            model.eval()
         with self._reference_weights() if reference else contextlib.nullcontext():
             outputs = self._run(
                 batch, self.forward_micro_batch_size,
@@ -144,7 +149,7 @@ class MegatronGPTGRPOActor:
 
     def save_hf(self, path: str) -> None:
         """Write the policy as a Hugging Face folder."""
-        convert.save_hf(self.module, self.arch, self.parallel, path)
+        convert.save_hf(self.modules, self.arch, self.parallel, path)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each token given those before it, and the entropy there: [B, T], column 0 is 0."""
@@ -174,7 +179,7 @@ class MegatronGPTGRPOActor:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micros),
-            model=self.model,
+            model=self.models[0],
             num_microbatches=len(micros),
             seq_length=batch.tokens.shape[1],
             micro_batch_size=micro_batch_size,
@@ -197,7 +202,7 @@ class MegatronGPTGRPOActor:
         return dict(zip((*names, "rollout/logprob_diff_max"), packed.tolist(), strict=True))
 
     def _cpu_weights(self) -> list[Tensor]:
-        return [p.detach().to("cpu", copy=True) for p in self.module.parameters()]
+        return [p.detach().to("cpu", copy=True) for module in self.modules for p in module.parameters()]
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -214,7 +219,8 @@ class MegatronGPTGRPOActor:
 
     @torch.no_grad()
     def _fill(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self.module.parameters(), weights, strict=True):
+        parameters = [p for module in self.modules for p in module.parameters()]
+        for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
 
 

@@ -72,14 +72,14 @@ class Checkpoints:
         folder = self.folder / f"step_{step}"
         state = self.state(step)
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder / "model"))
-        self.actor.module.load_state_dict(loaded["model"])
+        self.actor.modules[0].load_state_dict(loaded["model"])
         self.actor.optimizer.load_state_dict(loaded["optimizer"])
         self.actor.scheduler.load_state_dict(state["actor"]["scheduler"])
         self.actor.version = state["actor"]["version"]
         return state
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        model = self.actor.module.sharded_state_dict()
+        model = self.actor.modules[0].sharded_state_dict()
         if not is_loading and self.actor.version == 0:  # Adam's moments appear with the first update
             for part in getattr(self.actor.optimizer, "chained_optimizers", [self.actor.optimizer]):
                 part.init_state_fn(part.optimizer, part.config)

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class WeightMap:
         self.groups = hf.num_key_value_heads
         self.queries = hf.num_attention_heads // self.groups  # query heads of a group
 
-    def rule(self, name: str, first_layer: int) -> Rule:
-        """The rule of parameter `name` on a stage whose layer 0 is the model's `first_layer`."""
+    def rule(self, name: str) -> Rule:
+        """The rule of a parameter by its name in the whole model (`named_parameters` below)."""
         vocab = Rule(("model.embed_tokens.weight",), 0, self._pad_vocab, self._cut_vocab)
         if name == "embedding.word_embeddings.weight":
             return vocab
@@ -70,7 +70,7 @@ class WeightMap:
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if match is None:
             raise KeyError(f"Megatron parameter {name!r} has no Hugging Face counterpart")
-        return self._layer_rule(f"model.layers.{first_layer + int(match[1])}.", match[2])
+        return self._layer_rule(f"model.layers.{match[1]}.", match[2])
 
     def _layer_rule(self, prefix: str, name: str) -> Rule:
         def names(*suffixes: str) -> tuple[str, ...]:
@@ -112,9 +112,13 @@ class WeightMap:
         return [whole[: self.arch.vocab_size]]
 
 
-def first_layer(model: nn.Module) -> int:
-    """Index in the whole model of this stage's first layer."""
-    return model.decoder.layers[0].layer_number - 1
+def named_parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a stage's model chunks under the names they have in the whole model."""
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+                name = f"decoder.layers.{module.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
+            yield name, parameter
 
 
 class CheckpointReader:
@@ -153,14 +157,14 @@ class CheckpointReader:
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, arch: Architecture, parallel: Parallel, path: str) -> None:
+def load_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel, path: str) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
     Raises ValueError for a missing tensor, a wrong shape or an unreadable file, naming it.
     """
-    reader, weights, offset = CheckpointReader(path), WeightMap(arch), first_layer(model)
-    for name, parameter in model.named_parameters():
-        rule = weights.rule(name, offset)
+    reader, weights = CheckpointReader(path), WeightMap(arch)
+    for name, parameter in named_parameters(modules):
+        rule = weights.rule(name)
         whole = rule.join([reader[n] for n in rule.hf_names])
         shard = rule.shard(whole, parallel.tensor_rank, parallel.tensor_size)
         if shard.shape != parameter.shape:
@@ -172,16 +176,18 @@ def load_hf(model: nn.Module, arch: Architecture, parallel: Parallel, path: str)
 
 
 @torch.no_grad()
-def named_hf_weights(model: nn.Module, arch: Architecture, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+def named_hf_weights(
+    modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel
+) -> Iterator[tuple[str, Tensor]]:
     """This stage's weights under their Hugging Face names, gathered over tensor ranks one parameter at a time.
 
     A collective of the tensor group: all of its ranks iterate, all of them receive the tensors.
     """
-    weights, offset = WeightMap(arch), first_layer(model)
-    for name, parameter in model.named_parameters():
+    weights = WeightMap(arch)
+    for name, parameter in named_parameters(modules):
         if name == "output_layer.weight" and arch.tied:
             continue
-        rule = weights.rule(name, offset)
+        rule = weights.rule(name)
         shards = [parameter.detach()]
         if rule.dim is not None and parallel.tensor_size > 1:
             shards = [torch.empty_like(parameter) for _ in range(parallel.tensor_size)]
@@ -189,11 +195,11 @@ def named_hf_weights(model: nn.Module, arch: Architecture, parallel: Parallel) -
         yield from zip(rule.hf_names, rule.part(rule.unshard(shards)), strict=True)
 
 
-def save_hf(model: nn.Module, arch: Architecture, parallel: Parallel, path: str) -> None:
+def save_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel, path: str) -> None:
     """Write a Hugging Face folder (config and safetensors, one file a pipeline stage). A collective of all ranks."""
     folder, n = pathlib.Path(path), parallel.pipeline_size
     files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    tensors = {k: v.cpu().contiguous().clone() for k, v in named_hf_weights(model, arch, parallel)}
+    tensors = {k: v.cpu().contiguous().clone() for k, v in named_hf_weights(modules, arch, parallel)}
     if parallel.data_rank == 0 and parallel.tensor_rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / files[parallel.pipeline_rank], metadata={"format": "pt"})

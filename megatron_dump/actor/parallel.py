@@ -1,4 +1,4 @@
-"""The process grid: tensor × pipeline × data parallel groups over torch.distributed."""
+"""The process grid: tensor × pipeline × context × expert × data parallel groups over torch.distributed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,23 @@ def check_layout(world_size: int, tensor: int, pipeline: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one replica of the model is split, in Megatron's terms."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks on each pipeline stage (interleaved schedule)
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1  # ranks that share one expert
+    sequence: bool = False  # activations between tensor-parallel regions are split along the sequence
+
+
+@dataclasses.dataclass(frozen=True)
 class Parallel:
     """This process's place in the grid and the groups it talks in."""
+
+    layout: Layout
 
     device: torch.device
     rank: int
@@ -44,6 +59,12 @@ class Parallel:
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    expert_rank: int
+    expert_size: int
+    expert_group: dist.ProcessGroup  # the ranks that hold different experts
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    expert_tensor_group: dist.ProcessGroup  # the ranks that share an expert
 
     @property
     def is_first_stage(self) -> bool:
@@ -70,14 +91,14 @@ class Parallel:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_rank + 1)
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_s: float = 600.0) -> Parallel:
+def initialize(layout: Layout = Layout(), seed: int = 1234, timeout_s: float = 600.0) -> Parallel:
     """Join torch.distributed (torchrun's environment, or a single process) and build the groups.
 
     A collective that waits longer than `timeout_s` fails on every rank instead of hanging.
     Raises ValueError when the layout does not divide the world size.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(world_size, tensor, pipeline)
+    check_layout(world_size, layout.tensor, layout.pipeline)
     place = platform.enable(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if world_size == 1:
@@ -88,17 +109,22 @@ def initialize(tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout_s: 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return current(place.device)
+    return current(place.device, layout)
 
 
-def current(device: torch.device) -> Parallel:
+def current(device: torch.device, layout: Layout) -> Parallel:
     """The grid that megatron-core holds for this process."""
     return Parallel(
+        layout=layout,
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -112,4 +138,10 @@ def current(device: torch.device) -> Parallel:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
     )

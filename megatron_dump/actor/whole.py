@@ -41,26 +41,24 @@ class WholePolicy:
         if self.version == self.actor.version:
             return
         place = self.actor.parallel
-        own = dict(self.actor.module.named_parameters())
-        weights, offset = convert.WeightMap(self.arch), convert.first_layer(self.actor.module)
-        for name, parameter in self.module.named_parameters():
-            stage, local = self._home(name)
+        own, weights = dict(convert.named_parameters(self.actor.modules)), convert.WeightMap(self.arch)
+        for name, parameter in convert.named_parameters([self.module]):
+            stage = self._home(name)
             if stage == place.pipeline_rank:
-                parameter.copy_(_unshard(own[local], weights.rule(local, offset), place))
+                parameter.copy_(_unshard(own[name], weights.rule(name), place))
             if place.pipeline_size > 1:
                 dist.broadcast(
                     parameter.data, dist.get_global_rank(place.pipeline_group, stage), group=place.pipeline_group
                 )
         self.version = self.actor.version
 
-    def _home(self, name: str) -> tuple[int, str]:
-        """The pipeline stage that has a parameter, and its name there."""
+    def _home(self, name: str) -> int:
+        """The pipeline stage that has a parameter."""
         stages = self.actor.parallel.pipeline_size
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\..+", name)
         if match is None:
-            return (0 if name.startswith("embedding.") else stages - 1), name
-        stage, layer = divmod(int(match[1]), self.arch.hf.num_hidden_layers // stages)
-        return stage, f"decoder.layers.{layer}.{match[2]}"
+            return 0 if name.startswith("embedding.") else stages - 1
+        return int(match[1]) // (self.arch.hf.num_hidden_layers // stages)
 
 
 def _unshard(parameter: Tensor, rule: convert.Rule, place: Parallel) -> Tensor:

@@ -106,8 +106,8 @@ def test_resharded_weights_follow_the_policy(model):
         batch.ref_logprobs = actor.compute_logprobs(batch, reference=True)
         actor.train_step(batch)
         whole.refresh()
-        ours = dict(convert.named_hf_weights(whole.module, whole.arch, whole.parallel))
-        theirs = convert.named_hf_weights(actor.module, actor.arch, actor.parallel)
+        ours = dict(convert.named_hf_weights([whole.module], whole.arch, whole.parallel))
+        theirs = convert.named_hf_weights(actor.modules, actor.arch, actor.parallel)
         moved = not torch.equal(before, whole.module.embedding.word_embeddings.weight)
         return moved and all(torch.equal(ours[name], weight) for name, weight in theirs)
 

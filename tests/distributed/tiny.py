@@ -49,7 +49,7 @@ def make_config(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> s
 
 def make_actor(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> MegatronGPTGRPOActor:
     config = make_config(path, tensor, pipeline, **overrides)
-    grid = parallel.initialize(tensor, pipeline, timeout_s=60)
+    grid = parallel.initialize(parallel.Layout(tensor, pipeline), timeout_s=60)
     return MegatronGPTGRPOActor(config, grid)
 
 

@@ -19,7 +19,7 @@ setup(
         "megatron-core>=0.16,<0.20",
         "psutil",  # megatron-core's checkpoints import it without declaring it
         "numpy",
-        "pyarrow",
+        "pyarrow>=16",
         "hydra-core>=1.3",
         "math-verify[antlr4_9_3]>=0.9,<0.10",  # hydra pins the same antlr; newer ones cannot read its grammar
         "omegaconf>=2.3",
@@ -33,6 +33,7 @@ setup(
         "vllm": ["vllm"],
         "ray": ["ray[default]>=2.40"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "hypothesis", "tensorboard", "ruff", "pyright"],
+        "gym": ["reasoning-gym"],
+        "dev": ["pytest", "hypothesis", "tensorboard", "ruff", "pyright", "reasoning-gym"],
     },
 )

@@ -102,7 +102,8 @@ def entries(task: str, config: Mapping[str, Any], seed: int, split: str) -> Iter
 
 def check_entry(task: str, entry: dict, judge: Any) -> None:
     """ValueError when the entry may be judged otherwise once it was JSON: it must stay equal, but for the ranges that
-    its difficulty was drawn from, or its own answer must still score 1."""
+    its difficulty was drawn from, or its own answer must still score 1. And when a question mark is a right answer.
+    """
     try:
         copy = json.loads(json.dumps(entry))
     except TypeError as error:
@@ -112,6 +113,15 @@ def check_entry(task: str, entry: dict, judge: Any) -> None:
         isinstance(answer, str) and judge.score_answer(answer, copy) == 1.0
     ):
         raise ValueError(f"--task {task}: an entry of it is not judged alike once it was JSON; choose another task")
+    if _takes_anything(judge, copy):
+        raise ValueError(f"--task {task}: its scorer takes '?' for right; choose another task")
+
+
+def _takes_anything(judge: Any, entry: dict) -> bool:
+    try:
+        return entry["answer"] != "?" and judge.score_answer("?", entry) == 1.0
+    except Exception:  # noqa: BLE001  scorers raise whatever a text makes them raise
+        return False
 
 
 def _judged_by(entry: dict) -> dict:

@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     verifier, printed = Verifier(), 0
     try:
+        if folder := next(filter(Path.is_dir, args.files), None):
+            raise ValueError(f"{folder} is a folder; name files, such as {folder}/*.jsonl")
         total = sum(count_rows(path) for path in args.files)
         with bar() as progress:
             task = progress.add_task("puzzles", total=total)

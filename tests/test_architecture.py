@@ -50,7 +50,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "types": {"numpy"},
     "config": {"omegaconf", "numpy"},
     "curriculum": {"numpy"},
-    "rewards": {"numpy", "math_verify"},
+    "rewards": {"numpy", "math_verify", "reasoning_gym"},
     "data": {"numpy", "pyarrow"},
     "grpo": {"torch", "numpy"},
     "distributed": {"torch", "numpy"},

@@ -35,6 +35,7 @@ _TARGETS: dict[str, Target | str] = {
     "kk": "megatron_dump.rewards.kk:KKReward",
     "math": "megatron_dump.rewards.math:MathReward",
     "format": "megatron_dump.rewards.format:FormatReward",
+    "reasoning_gym": "megatron_dump.rewards.reasoning_gym:ReasoningGymReward",
 }
 _OURS = frozenset(_TARGETS)
 

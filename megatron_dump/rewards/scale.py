@@ -22,9 +22,13 @@ def check_mode(mode: object) -> None:
         raise ValueError(f"mode: {mode!r} is unknown; known: {', '.join(MODES)}")
 
 
-def score(mode: str, verdict: str, detail: str = "", **more: float) -> Score:
-    """A Score for one of the four verdicts above; `more` are further components."""
+def score(mode: str, verdict: str, detail: str = "", *, credit: float = 0.0, **more: float) -> Score:
+    """A Score for one of the four verdicts above; `more` are further components.
+
+    credit: from 0 to 1, how far the answer's part moves from this verdict's value to that of a right answer.
+    """
     answer, layout, right = _ANSWER[verdict], -1.0 if verdict == BAD_FORMAT else 1.0, float(verdict == RIGHT)
+    answer += credit * (_ANSWER[RIGHT] - answer)
     return Score(
         reward={"dump": layout + answer, "answer": answer, "binary": right}[mode],
         correct=verdict == RIGHT,

@@ -10,6 +10,7 @@ import types
 
 import pyarrow.parquet as pq
 import pytest
+import reasoning_gym
 
 from kk import procedural
 from kk.procedural import SEEDS, SPLITS, first_seed, split_of
@@ -43,7 +44,7 @@ class Sums:
 
 @pytest.fixture
 def library(monkeypatch):
-    """A module in the library's place, with its two functions that are used; the last test takes the library itself."""
+    """A module in the library's place, whose questions repeat often; the last test takes the library itself."""
     module, factory = types.ModuleType("reasoning_gym"), types.ModuleType("reasoning_gym.factory")
     factory.DATASETS = {"sums": Sums, "chain_sum": Sums}
     module.create_dataset = lambda name, **config: Sums(**config)
@@ -142,7 +143,6 @@ def test_options_are_a_json_object(capsys):
 
 
 def test_the_library_itself(tmp_path, capsys):
-    library = pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     words = ["--task", "chain_sum", "spell_backward", "--seed", 9, "--train", 40, "--test", 10]
     assert run(capsys, *words, "--out", tmp_path)[0] == 0
     for split in SPLITS:
@@ -150,6 +150,12 @@ def test_the_library_itself(tmp_path, capsys):
         assert len({row["prompt"][0]["content"] for row in rows}) == len(rows) == (80 if split == "train" else 20)
         for row in rows:
             truth = json.loads(row["reward_model"]["ground_truth"])
-            judge = library.create_dataset(truth["task"], **truth["config"])
+            judge = reasoning_gym.create_dataset(truth["task"], **truth["config"])
             assert judge.score_answer(row["extra_info"]["answer"], truth["entry"]) == 1.0
             assert judge.score_answer("no", truth["entry"]) < 0.5
+
+
+def test_a_task_whose_scorer_takes_anything_is_refused(tmp_path, capsys):
+    words = ["--task", "game_of_life_halting", "--train", 40, "--test", 10, "--out", tmp_path]
+    code, error = run(capsys, *words)
+    assert code == 1 and "its scorer takes '?' for right" in error and not list(tmp_path.iterdir())

@@ -239,10 +239,12 @@ def test_only_so_many_faults_are_printed(tmp_path, rows, capsys):
     assert json.loads(said.out)["faults"] == {"wrong": 6}
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "puzzles.csv"])
+@pytest.mark.parametrize("name", ["absent.jsonl", "puzzles.csv", "folder"])
 def test_files_that_cannot_be_read(tmp_path, capsys, name):
-    if name != "absent.jsonl":
+    if name == "puzzles.csv":
         write(tmp_path / name, [])
+    if name == "folder":
+        (tmp_path / name).mkdir()
     assert verify.main([str(tmp_path / name)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and name in line

@@ -21,6 +21,11 @@ $(VENV)/.installed: setup.py
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 
+# of the tests alone: pip compiles a part of it
+$(VENV)/.gym: $(VENV)/.installed
+	$(BIN)/pip install -q -e ".[gym]"
+	touch $@
+
 data: data/kk/test.parquet
 
 data/kk/test.parquet: | $(VENV)/.installed
@@ -31,7 +36,7 @@ demo: venv data
 	@if [ -e results/kk_cpu ]; then mv results/kk_cpu results/kk_cpu.$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
 
-test: venv data
+test: venv data $(VENV)/.gym
 	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu" $(ARGS)
 
 lint: venv

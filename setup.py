@@ -33,7 +33,7 @@ setup(
         "vllm": ["vllm"],
         "ray": ["ray[default]>=2.40"],
         "te": ["transformer-engine[pytorch]"],
-        "gym": ["reasoning-gym"],
-        "dev": ["pytest", "hypothesis", "tensorboard", "ruff", "pyright", "reasoning-gym"],
+        "gym": ["reasoning-gym"],  # one of its dependencies comes as C source
+        "dev": ["pytest", "hypothesis", "tensorboard", "ruff", "pyright"],
     },
 )

@@ -14,7 +14,8 @@ from megatron_dump.batches import share_of_draw
 from megatron_dump.curriculum.filters import Filter
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, gather_outcomes
+from megatron_dump.distributed import Replica, agree
+from megatron_dump.gather import digest, gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, local_outcomes
 from megatron_dump.types import Completion, Draw, Outcomes, Prompt, Score
@@ -75,7 +76,7 @@ class Collector:
         ]
 
     def roll_out(self, watch: Watch, draw: Draw, is_refill: bool = False) -> Rollouts:
-        """One round: generate, score, gather, advantages."""
+        """One round: generate, score, gather, advantages. RuntimeError on every rank if ranks hold other outcomes."""
         requests = self.requests(draw, self.updates if draw.train and not is_refill else 1)
         prompts = {r.group_id: r.prompt for r in requests}
         with watch("gen"):
@@ -86,6 +87,8 @@ class Collector:
             ages = [self.age(c) for c in completions]
             local = local_outcomes(draw.step, completions, prompts, scores, self.dataset.sources, ages)
             outcomes = gather_outcomes(local, self.replica.group, self.replica.device)
+            # Ranks that hold other outcomes would reject other groups, and wait for ever in different collectives.
+            agree("outcomes", digest(outcomes), device=self.replica.device)
             outcomes = with_advantages(outcomes, self.normalize_rewards)
             rejected = self.filter.rejected(outcomes) if draw.train else np.empty(0, np.int64)
             kept = np.isfinite(outcomes.advantages) & ~np.isin(outcomes.group_ids, rejected) & draw.train

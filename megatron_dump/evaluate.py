@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, gather_outcomes
+from megatron_dump.distributed import Replica
+from megatron_dump.gather import gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, finite_mean, local_outcomes
 

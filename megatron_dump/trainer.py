@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +15,12 @@ from megatron_dump.collect import Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together, gather_completions
+from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together
+from megatron_dump.gather import gather_completions
 from megatron_dump.monitor import Monitor
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
+from megatron_dump.stopwatch import Stopwatch
 from megatron_dump.types import Completion, Outcomes, TrainBatch
 
 
@@ -220,19 +220,6 @@ class GRPOTrainer:
                 changed = {"curriculum": self.curriculum.state_dict(), **self.curriculum.header()}
                 self.monitor.log_curriculum({"step": latest + 1, "event": "changed", **changed})
         return True
-
-
-class Stopwatch:
-    """Seconds by phase: `with watch("gen"): …`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _refuse_changes(saved: dict[str, Any], here: dict[str, Any], new_sources: bool) -> list[str]:

@@ -16,8 +16,8 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_dump"
 
 LOW = {
-    "types", "config", "curriculum", "rewards", "data", "grpo", "distributed", "scoring", "batches", "events",
-    "monitor", "report",
+    "types", "config", "curriculum", "rewards", "data", "grpo", "distributed", "gather", "scoring", "batches", "events",
+    "monitor", "report", "stopwatch",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
 # Unit (a module, or a folder as a whole) -> units of the package that it may import, besides itself.
@@ -29,14 +29,16 @@ UNITS: dict[str, set[str]] = {
     "data": {"types"},
     "grpo": set(),
     "distributed": {"types"},
+    "gather": {"types", "distributed"},
     "scoring": {"types", "rewards", "distributed"},
     "batches": {"types", "grpo"},
     "events": {"types"},
+    "stopwatch": set(),
     "console": {"types"},
     "monitor": {"types", "console"},
     "report": {"types"},
     "actor": {"types", "config", "distributed", "grpo"},
-    "rollout": {"types", "distributed", "grpo", "actor"},
+    "rollout": {"types", "distributed", "gather", "grpo", "actor"},
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "trainer": LOW | LAYER_3 | {"evaluate", "collect"},
@@ -54,6 +56,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "data": {"numpy", "pyarrow"},
     "grpo": {"torch", "numpy"},
     "distributed": {"torch", "numpy"},
+    "gather": {"torch", "numpy"},
+    "stopwatch": set(),
     "events": {"numpy"},
     "console": {"rich"},
     "monitor": {"wandb", "torch", "tensorboard"},

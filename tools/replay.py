@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dump.curriculum.replay import Log, Reweighed, read_log, reweigh, verify
-from megatron_dump.report import ORANGE, STYLE, natural_sort
+from megatron_dump.report.figure import ORANGE, STYLE
+from megatron_dump.report.run import natural_sort
 
 ROWS_SHOWN = 20  # sources of the table: the ones on which the policies differ most
 SHADES_SHOWN = 12  # sources with a colour of their own

@@ -11,19 +11,11 @@ import numpy as np
 
 from megatron_dump.curriculum import metrics as step_metrics
 from megatron_dump.curriculum import resume
-from megatron_dump.curriculum import state as states
 from megatron_dump.curriculum.blocks import describe_blocks
-from megatron_dump.curriculum.budget import make_budget
-from megatron_dump.curriculum.codec import draw_to_json, floats_to_json, outcomes_to_json
-from megatron_dump.curriculum.estimators import PassRateEstimator
-from megatron_dump.curriculum.filters import make_filter
-from megatron_dump.curriculum.guards import Alarm, Audit
+from megatron_dump.curriculum.decision_log import draw_event, observe_event
 from megatron_dump.curriculum.ledger import Ledger
-from megatron_dump.curriculum.pass_rates import PromptPassRates
-from megatron_dump.curriculum.prompts import PROMPT_POLICIES, make_prompt_policy
-from megatron_dump.curriculum.registry import ROOT
-from megatron_dump.curriculum.rows import SourceRows
-from megatron_dump.curriculum.sources import SourceSetting, make_source_policy
+from megatron_dump.curriculum.parts import Sigma, make_parts
+from megatron_dump.curriculum.rows import SourceRows, ranks_within
 from megatron_dump.types import Draw, Outcomes
 
 STATE_VERSION = 2
@@ -51,13 +43,13 @@ class Curriculum:
         *,
         max_steps: int | None = None,
         max_staleness: int = 0,
-        gradient_sigma: Callable[[np.ndarray], np.ndarray] | None = None,
+        gradient_sigma: Sigma | None = None,
     ):
         """source_names_of_rows: the source of every row of the data set; fingerprint: identifies its contents;
         config: `trainer.grpo.curriculum`, with the blocks sources, prompts and budget, each with a `name`, and
         optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are;
-        gradient_sigma: for `budget.form: gradient`, rows int64 [P] -> sigma float64 [P] of CurES Eq. 20
-        (budget.neyman_sigma), from an actor that measures gradient norms. What it returns is not in the log.
+        gradient_sigma: for `budget.form: gradient` (budget.neyman_sigma), from an actor that measures gradient norms.
+        What it returns is not in the log.
 
         Raises ValueError for an empty data set, counts below 1, and unknown names or options.
         """
@@ -71,25 +63,10 @@ class Curriculum:
         self.prompts_per_step, self.samples_per_prompt, self.seed = prompts_per_step, samples_per_prompt, seed
         self.n_rows, self.max_steps, self.max_staleness = len(source_names_of_rows), max_steps, max_staleness
         self._config = describe_blocks(config, max_steps)
-        n_sources = len(self.sources)
-        setting = SourceSetting(tuple(self.sources), tuple(self._rows.sizes.tolist()), max_steps)
-        self._source_policy = make_source_policy(self._config["sources"], setting)
-        self._budget = make_budget(self._config["budget"], samples_per_prompt)
-        self._sigma = gradient_sigma if self._config["budget"].get("form") == "gradient" else None
-        if self._sigma is None and self._config["budget"].get("form") == "gradient":
-            raise ValueError(
-                f"{ROOT}.budget.form: 'gradient' needs an actor that measures gradient norms (Curriculum's "
-                "gradient_sigma), and this one does not; use form: proxy"
-            )
-        prompt_policy = PROMPT_POLICIES[self._config["prompts"]["name"]]
-        needs_pass_rates = prompt_policy.uses_pass_rates or self._budget.uses_pass_rates
-        pass_rates = PromptPassRates(self._rows, **self._config["pass_rates"])  # also where unused: checks its options
-        self._pass_rates = pass_rates if needs_pass_rates else None
-        self._prompt_policy = make_prompt_policy(self._config["prompts"], self._rows, seed, self._pass_rates)
-        self.filter = make_filter(self._config["filter"])
-        self._audit = Audit(n_sources, prompts_per_step, **self._config["audit"])
-        self._alarm = Alarm(n_sources, **self._config["alarm"])
-        self._source_pass_rate = PassRateEstimator(n_sources)
+        self._parts = make_parts(
+            self._config, self._rows, prompts_per_step, samples_per_prompt, seed, max_steps, gradient_sigma
+        )
+        self.filter = self._parts.filter
         self._fingerprint = fingerprint
         self.step = 0  # the next step whose training round is to be drawn
         self._open: dict[int, Ledger] = {}  # steps whose outcomes have not all come
@@ -99,7 +76,7 @@ class Curriculum:
     @property
     def weights(self) -> np.ndarray:
         """float64 [K]: the source distribution the next draw will use, given what has been observed so far."""
-        return self._source_policy.weights(self.step)
+        return self._parts.source_policy.weights(self.step)
 
     def draw(self, step: int) -> Draw:
         """The next round of `step`: its pre-rollouts, if the prompt policy wants any, then what it trains on.
@@ -117,14 +94,14 @@ class Curriculum:
                 f"draw({step}) before the outcomes of step {min(waiting)} were observed: its weights would be stale"
             )
         self._open[step] = ledger
-        pre = self._prompt_policy.pre_rollouts(step)
+        pre = self._parts.prompt_policy.pre_rollouts(step)
         if pre is not None and ledger.n_groups < len(pre[0]):
             return self._draw_pre_rollouts(ledger, *pre)
         if pre is not None:
-            self._prompt_policy.prepared(step)
+            self._parts.prompt_policy.prepared(step)
         weights = self.weights
-        slots = self._source_policy.slots(step, step * self.prompts_per_step, self.prompts_per_step, self.seed)
-        slots = self._audit.apply(step, slots, self.seed)
+        slots = self._parts.source_policy.slots(step, step * self.prompts_per_step, self.prompts_per_step, self.seed)
+        slots = self._parts.audit.apply(step, slots, self.seed)
         total = self.prompts_per_step * self.samples_per_prompt
         self.step = step + 1
         return self._draw(ledger, slots, total, weights, None)
@@ -141,7 +118,7 @@ class Curriculum:
             return None
         slots = ledger.source_ids[rejected]
         used = np.bincount(self._rows.of_row[np.unique(ledger.trained_on)], minlength=len(self.sources))
-        fresh = _rank_within(slots) < (self._prompt_policy.available(step) - used)[slots]
+        fresh = ranks_within(slots) < (self._parts.prompt_policy.available(step) - used)[slots]
         if not fresh.any():
             return None
         ledger.refills += 1
@@ -158,18 +135,10 @@ class Curriculum:
             out = sorted(self._open)
             expected = f"the draw that is out is of step {', '.join(map(str, out))}" if out else "no draw is out"
             raise RuntimeError(f"observe got outcomes of step {outcomes.step}, but {expected}")
-        if outcomes.ages.size and outcomes.ages.min() < 0:
-            raise ValueError(f"ages of the outcomes of step {outcomes.step} are below 0: they are from the future")
         ledger.check_and_mark(outcomes)
-        finite = np.isfinite(outcomes.rewards)
-        self._source_policy.observe(outcomes)
-        self._source_pass_rate.observe(outcomes.source_ids, outcomes.correct, finite, outcomes.step)
-        if self._pass_rates is not None:
-            self._pass_rates.observe(outcomes)
-        self._alarm.observe(outcomes)
+        self._parts.observe(outcomes)
         if self.on_event:
-            event = {"step": outcomes.step + 1, "event": "observe", "outcomes": outcomes_to_json(outcomes)}
-            self.on_event(event)
+            self.on_event(observe_event(outcomes))
         if ledger.is_complete:
             self._last = self._open.pop(outcomes.step)
 
@@ -184,22 +153,15 @@ class Curriculum:
         self, ledger: Ledger, slots: np.ndarray, total: int, weights: np.ndarray, rejected: np.ndarray | None
     ) -> Draw:
         first = ledger.n_groups
-        prompt_ids = self._prompt_policy.draw(ledger.step, first, slots, ledger.trained_on)
-        rates = self._pass_rates.mean(prompt_ids) if self._pass_rates and self._budget.uses_pass_rates else None
-        measured = {} if self._sigma is None else {"sigma": self._sigma(prompt_ids)}
-        rollouts = self._budget.allot(rates, total, **measured)
+        prompt_ids, rollouts = self._parts.choose(ledger.step, first, slots, ledger.trained_on, total)
         draw = Draw(ledger.step, prompt_ids, slots, rollouts, weights, first)
         return self._hand_out(ledger, draw, rejected)
 
     def _hand_out(self, ledger: Ledger, draw: Draw, rejected: np.ndarray | None) -> Draw:
         if self.on_event:
-            scores = {name: floats_to_json(values) for name, values in self._source_policy.metrics().items()}
-            self.on_event({
-                "step": draw.step + 1, "event": "draw", "rejected": None if rejected is None else rejected.tolist(),
-                "draw": draw_to_json(draw), "scores": scores,
-            })  # fmt: skip
+            self.on_event(draw_event(draw, rejected, self._parts.source_policy.metrics()))
         ledger.add(draw)
-        self._source_policy.drawn(draw.source_ids, draw.rollouts)
+        self._parts.source_policy.drawn(draw.source_ids, draw.rollouts)
         return draw
 
     def outstanding(self) -> list[Draw]:
@@ -213,7 +175,7 @@ class Curriculum:
 
     def alarms(self) -> dict[str, str]:
         """Source -> what is wrong: no right answer, and answers that cannot be read (guards.Alarm)."""
-        return {self.sources[k]: self._alarm.message(k) for k in np.flatnonzero(self._alarm.raised())}
+        return {self.sources[k]: self._parts.alarm.message(k) for k in np.flatnonzero(self._parts.alarm.raised())}
 
     def metrics(self) -> dict[str, float]:
         """`curriculum/<source>/<name>`, for the log of the step completed last.
@@ -230,18 +192,14 @@ class Curriculum:
         mean_abs_adv                                  over the policy's window where it has one, else over that step
         """
         arrays = {} if self._last is None else step_metrics.step_arrays(self._last, len(self.sources))
-        after = {"pass_rate": self._source_pass_rate.mean(), "alarm": self._alarm.raised().astype(np.float64)}
-        learned = self._source_policy.metrics()
-        learned.pop("n_dropped", None)  # over the whole run; the step's own is below
+        learned = self._parts.metrics()
         if "mean_abs_adv" in learned:
             arrays.pop("mean_abs_adv", None)
-        return step_metrics.flatten({**learned, **after, **arrays}, self.sources)
+        return step_metrics.flatten({**learned, **arrays}, self.sources)
 
     def header(self) -> dict[str, Any]:
         """All that a replay needs besides the draws and outcomes; JSON-able."""
-        changes = np.flatnonzero(np.diff(self._rows.of_row, prepend=-1))
-        lengths = np.diff(changes, append=self.n_rows)
-        runs = np.stack([self._rows.of_row[changes], lengths], axis=1).tolist()
+        runs = self._rows.runs().tolist()
         return {**self._identity(), "rows": runs, "max_steps": self.max_steps, "max_staleness": self.max_staleness}
 
     def _identity(self) -> dict[str, Any]:
@@ -251,22 +209,10 @@ class Curriculum:
             "config": self._config,
         }  # fmt: skip
 
-    def _parts(self) -> dict[str, Any]:
-        """Name -> what has a state of arrays."""
-        parts = {
-            "source_policy": self._source_policy, "source_pass_rate": self._source_pass_rate, "audit": self._audit,
-            "alarm": self._alarm, "prompt_policy": self._prompt_policy,
-        }  # fmt: skip
-        return parts if self._pass_rates is None else {**parts, "pass_rates": self._pass_rates}
-
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable; every float survives JSON exactly."""
-        return {
-            **self._identity(),
-            "step": self.step,
-            "parts": {name: states.pack(part.state_dict()) for name, part in self._parts().items()},
-            "open": [ledger.state_dict() for _, ledger in sorted(self._open.items())],
-        }
+        out = [ledger.state_dict() for _, ledger in sorted(self._open.items())]
+        return {**self._identity(), "step": self.step, "parts": self._parts.state_dict(), "open": out}
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
         """Continue a run. ValueError if it would differ from the saved one: other sources, data, seed or policies.
@@ -278,12 +224,11 @@ class Curriculum:
         if differences and not (allow_changes and state.get("version") == STATE_VERSION):
             raise ValueError(resume.refusal(differences[0]))
         if differences:
-            notes = resume.carry_over(state, here, self._parts(), differences)
+            notes = resume.carry_over(state, here, self._parts.stateful(), differences)
             self._open = {}  # what was out was drawn for the run as it was
         else:
             notes = []
-            for name, part in self._parts().items():
-                part.load_state_dict(states.unpack(state["parts"][name]))
+            self._parts.load_state_dict(state["parts"])
             self._open = {int(entry["step"]): Ledger.from_state(entry) for entry in state["open"]}
         self.step, self._last = int(state["step"]), None
         return notes
@@ -291,15 +236,6 @@ class Curriculum:
     def digest(self) -> str:
         """SHA-256 (hex) of the state: equal digests mean equal draws from here on."""
         return hashlib.sha256(json.dumps(self.state_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def _rank_within(source_ids: np.ndarray) -> np.ndarray:
-    """int64 [P]: how many earlier slots have the same source."""
-    order = np.argsort(source_ids, kind="stable")
-    ordered = source_ids[order]
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    return rank
 
 
 def _require(key: str, value: int, least: int) -> None:

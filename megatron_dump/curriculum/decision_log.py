@@ -10,8 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from megatron_dump.curriculum.codec import draw_to_json, floats_to_json, outcomes_to_json
+from megatron_dump.types import Draw, Outcomes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,22 @@ class Log:
     def policies(self) -> list[str]:
         """The names of the source policies that drew, in order; one, but for changed resumes."""
         return list(dict.fromkeys(header["config"]["sources"]["name"] for header in self.headers))
+
+
+def draw_event(draw: Draw, rejected: np.ndarray | None, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The line of a draw. rejected: the groups that a refill replaces; scores: float64 [K] each, of the policy."""
+    return {
+        "step": draw.step + 1,
+        "event": "draw",
+        "rejected": None if rejected is None else rejected.tolist(),
+        "draw": draw_to_json(draw),
+        "scores": {name: floats_to_json(values) for name, values in scores.items()},
+    }
+
+
+def observe_event(outcomes: Outcomes) -> dict[str, Any]:
+    """The line of outcomes that were observed."""
+    return {"step": outcomes.step + 1, "event": "observe", "outcomes": outcomes_to_json(outcomes)}
 
 
 def read_log(path: str | Path) -> Log:

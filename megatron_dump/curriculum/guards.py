@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_dump.curriculum import streams
 from megatron_dump.curriculum.registry import check_number
+from megatron_dump.curriculum.rows import ranks_within
 from megatron_dump.types import Outcomes
 
 _ALMOST_NONE = 0.05  # share of right answers below which a source counts as having none
@@ -63,11 +64,7 @@ def _beyond(source_ids: np.ndarray, need: np.ndarray, seed: int, step: int) -> n
     """int64: slots beyond the first `need` [K] of their source, in random order."""
     order = streams.permutation(len(source_ids), seed, "audit slots", step)
     shuffled = source_ids[order]
-    by_source = np.argsort(shuffled, kind="stable")
-    sorted_ids = shuffled[by_source]
-    rank = np.empty(len(order), np.int64)
-    rank[by_source] = np.arange(len(order)) - np.searchsorted(sorted_ids, sorted_ids)
-    return order[rank >= need[shuffled]]
+    return order[ranks_within(shuffled) >= need[shuffled]]
 
 
 class Alarm:

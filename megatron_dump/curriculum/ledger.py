@@ -63,6 +63,8 @@ class Ledger:
     def check_and_mark(self, outcomes: Outcomes) -> None:
         """Outcomes must be of groups that are out, once, with the prompts and sources of their draw. ValueError."""
         groups, step = outcomes.group_ids, outcomes.step
+        if outcomes.ages.size and outcomes.ages.min() < 0:
+            raise ValueError(f"ages of the outcomes of step {step} are below 0: they are from the future")
         if groups.size and (groups.min() < 0 or groups.max() >= self.n_groups):
             raise ValueError(f"group_ids of step {step} are not all in 0..{self.n_groups - 1}")
         for name in ("source_ids", "prompt_ids"):

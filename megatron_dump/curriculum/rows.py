@@ -38,6 +38,11 @@ class SourceRows:
         """int64 [rows of the source], in the data set's order; a view."""
         return self.order[self.starts[source] : self.starts[source + 1]]
 
+    def runs(self) -> np.ndarray:
+        """int64 [n, 2]: source and length of each run of rows of one source, in the data set's order."""
+        changes = np.flatnonzero(np.diff(self.of_row, prepend=-1))
+        return np.stack([self.of_row[changes], np.diff(changes, append=len(self))], axis=1)
+
     @functools.cached_property
     def local(self) -> np.ndarray:
         """int32 [R]: every row's place among the rows of its source; rows(of_row[r])[local[r]] == r."""
@@ -49,3 +54,11 @@ class SourceRows:
 def ranks(sorted_ids: np.ndarray) -> np.ndarray:
     """int64 [n]: 0, 1, ... inside every run of equal values; `sorted_ids` is sorted."""
     return np.arange(len(sorted_ids)) - np.searchsorted(sorted_ids, sorted_ids)
+
+
+def ranks_within(ids: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many earlier values are equal; `ids` in any order."""
+    order = np.argsort(ids, kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = ranks(ids[order])
+    return rank

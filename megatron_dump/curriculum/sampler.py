@@ -45,10 +45,8 @@ class MegatronCurriculumBatchSampler:
         *,
         curriculum: Curriculum | None,  # None on ranks that only receive draws
         broadcast: Broadcast | None = None,  # None: one process
-        block_size: int | None = None,  # prompts handed out together; default micro_batch_size * data_parallel_size
     ):
-        block_size = micro_batch_size * data_parallel_size if block_size is None else block_size
-        _check_divisible(global_batch_size, micro_batch_size, data_parallel_size, block_size)
+        _check_divisible(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank {data_parallel_rank} is not in 0..{data_parallel_size - 1}")
         if consumed_samples < 0 or consumed_samples % global_batch_size:
@@ -60,7 +58,7 @@ class MegatronCurriculumBatchSampler:
         if self._draws:
             _check_curriculum(curriculum, total_samples, global_batch_size, seed)
         self.total_samples, self.consumed_samples = total_samples, consumed_samples
-        self.micro_batch_size, self.global_batch_size, self.block_size = micro_batch_size, global_batch_size, block_size
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
         self.drop_last, self.pad_samples_to_global_batch_size = drop_last, pad_samples_to_global_batch_size
         self.last_draw: Draw | None = None  # the step that was iterated last
@@ -114,15 +112,12 @@ class MegatronCurriculumBatchSampler:
     def share(self, draw: Draw) -> np.ndarray:
         """int64 [P / data_parallel_size]: this rank's positions in the draw.
 
-        Of each block of `block_size` prompts rank r takes the r-th contiguous part (Megatron's convention), so which
-        prompts make up a block does not depend on the data-parallel size.
+        Of each block of micro_batch_size * data_parallel_size prompts rank r takes the r-th micro-batch (Megatron's
+        convention).
         """
-        blocks = np.arange(len(draw.prompt_ids), dtype=np.int64).reshape(-1, self.data_parallel_size, self._part)
+        places = np.arange(len(draw.prompt_ids), dtype=np.int64)
+        blocks = places.reshape(-1, self.data_parallel_size, self.micro_batch_size)
         return blocks[:, self.data_parallel_rank].reshape(-1)
-
-    @property
-    def _part(self) -> int:
-        return self.block_size // self.data_parallel_size
 
     def __iter__(self) -> Iterator[list[int]]:
         """Rows of ONE step, then stop: however far a loader prefetches, it cannot reach a step with stale weights."""
@@ -141,8 +136,8 @@ class MegatronCurriculumBatchSampler:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
 
-def _check_divisible(prompts: int, micro: int, ranks: int, block: int) -> None:
-    sizes = {KEY: prompts, "micro_batch_size": micro, "data_parallel_size": ranks, "block_size": block}
+def _check_divisible(prompts: int, micro: int, ranks: int) -> None:
+    sizes = {KEY: prompts, "micro_batch_size": micro, "data_parallel_size": ranks}
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}: {value!r} must be at least 1")
@@ -150,12 +145,6 @@ def _check_divisible(prompts: int, micro: int, ranks: int, block: int) -> None:
         raise ValueError(
             f"{KEY} {prompts} is not a multiple of micro_batch_size {micro} * data_parallel_size {ranks} = "
             f"{micro * ranks}: {prompts} mod {micro * ranks} = {prompts % (micro * ranks)}"
-        )
-    if prompts % block:
-        raise ValueError(f"{KEY} {prompts} is not a multiple of block_size {block}: remainder {prompts % block}")
-    if block % ranks:
-        raise ValueError(
-            f"block_size {block} is not a multiple of data_parallel_size {ranks}: remainder {block % ranks}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -62,28 +63,28 @@ class SourcePolicy(Protocol):
         ...
 
 
-class IndependentSlots:
+class IndependentSlots(abc.ABC):
     """Base of the policies: slots are independent draws from the weights; nothing is counted, learned or saved."""
 
     def __init__(self, setting: SourceSetting):
         self.n_sources = len(setting.names)
 
-    def weights(self, step: int) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def weights(self, step: int) -> np.ndarray: ...
 
     def slots(self, step: int, consumed: int, n: int, seed: int) -> np.ndarray:
         return streams.categorical(self.weights(step), n, seed, "slots", step)
 
-    def drawn(self, source_ids: np.ndarray, rollouts: np.ndarray) -> None:
+    def drawn(self, source_ids: np.ndarray, rollouts: np.ndarray) -> None:  # noqa: B027 - what counts overrides it
         pass
 
-    def observe(self, outcomes: Outcomes) -> None:
+    def observe(self, outcomes: Outcomes) -> None:  # noqa: B027 - what learns overrides it
         pass
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - what learns overrides it
         pass
 
     def metrics(self) -> dict[str, np.ndarray]:

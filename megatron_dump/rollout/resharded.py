@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megatron_dump.actor.whole import WholePolicy
-from megatron_dump.distributed import gather_completions
+from megatron_dump.gather import gather_completions
 from megatron_dump.rollout import Request
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.types import Completion

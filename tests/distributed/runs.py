@@ -46,7 +46,7 @@ def arguments(world, data, log_dir, tensor=1, pipeline=1, **overrides) -> list[s
         "model.pipeline_model_parallel_size": pipeline,
         "model.micro_batch_size": 4,
         "model.global_batch_size": 32,
-        "model.optim.lr": 1e-3,
+        "model.optim.lr": 2e-4,
         "model.grpo.length_params.max_length": 48,
         "trainer.grpo.num_prompts_per_grpo_step": 8,
         "trainer.grpo.samples_per_prompt": 4,

@@ -8,6 +8,16 @@ from megatron_dump.curriculum import Curriculum
 from megatron_dump.types import Draw, Outcomes
 
 ROWS = ["b"] * 50 + ["a"] * 20 + ["c"] * 30
+SCHEDULED = {"static": {"weights": {"a": 1, "b": 2, "c": 3}}}
+SOURCES = ("uniform", "proportional", "static", "easy_to_hard", "sec", "dump_ucb", "dump_ucb_robust")
+PROMPTS = (
+    "epoch", "cures", "thompson", {"name": "cures", "subsets": 2, "steps_per_subset": 2, "pre_rollouts": 3},
+)  # fmt: skip
+BUDGETS = ("fixed", "neyman", "knapsack")
+EVERYTHING = [
+    *(({"name": name, **SCHEDULED.get(name, {})}, "epoch", "fixed") for name in SOURCES),
+    *(({"name": "dump_ucb_robust"}, prompts, budget) for prompts in PROMPTS for budget in BUDGETS),
+]
 
 
 def config(name="dump_ucb", prompts="epoch", budget="fixed", blocks=None, **options):
@@ -21,6 +31,11 @@ def make(
 ) -> Curriculum:
     settings = {"max_steps": steps, "max_staleness": staleness}
     return Curriculum(rows, n_prompts, group, seed, config(name, **options), fingerprint, **settings)
+
+
+def full(sources, prompts, budget, rows=ROWS, **options):
+    blocks = {"filter": {"name": "zero_variance", "max_refills": 2}, "audit": {"every": 4, "prompts": 3}}
+    return make(rows=rows, prompts=prompts, budget=budget, blocks=blocks, **sources, **options)
 
 
 def outcomes(step, source_ids, advantages, rewards=None, group_ids=None, **columns) -> Outcomes:
@@ -72,6 +87,11 @@ def answer(draw: Draw, rewards=None, **columns) -> Outcomes:
     return outcomes(draw.step, draw.source_ids[place], advantages_of(rewards, groups), rewards, groups, **columns)
 
 
+def rejecting(draw: Draw) -> Outcomes:
+    """A third of the rows are always right, a third never."""
+    return answer(draw, lambda rows, samples: np.where(rows % 3 == 0, 1, np.where(rows % 3 == 1, 0, samples % 2)))
+
+
 def run(curriculum: Curriculum, steps: int, answering=answer) -> list[Draw]:
     """Draw and observe whole steps, refilling what the filter rejects; every round drawn."""
     rounds = []
@@ -87,6 +107,11 @@ def run(curriculum: Curriculum, steps: int, answering=answer) -> list[Draw]:
         for part in parts:
             curriculum.observe(part)
     return rounds
+
+
+def softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = np.exp(np.asarray(scores) / temperature)
+    return scaled / scaled.sum()
 
 
 def assert_same(left: list[Draw], right: list[Draw]) -> None:

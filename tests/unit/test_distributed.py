@@ -11,14 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dump.curriculum import MegatronCurriculumBatchSampler
-from megatron_dump.distributed import (
-    DrawBroadcast,
-    agree,
-    broadcast_array,
-    fail_together,
-    gather_completions,
-    gather_outcomes,
-)
+from megatron_dump.distributed import DrawBroadcast, agree, broadcast_array, fail_together
+from megatron_dump.gather import gather_completions, gather_outcomes
 from megatron_dump.types import Completion, Draw, Outcomes
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.unit.curricula import ROWS, answer, make
@@ -186,7 +180,7 @@ def test_groups_count_their_own_ranks():
 
     outside, *members = run_ranks(fn, 3)
     assert "not a member of the group" in outside
-    assert members == [(True, "state differs: rank 1 has 000000000000, not so ranks 2 (000000000000)")] * 2
+    assert members == [(True, "ranks disagree on state: rank 1 has 000000000000, not so ranks 2 (000000000000)")] * 2
 
 
 def test_agree_raises_on_every_rank_and_names_who_differs():
@@ -194,7 +188,7 @@ def test_agree_raises_on_every_rank_and_names_who_differs():
         agree("fingerprint", "ab" * 32)
         return raised(lambda: agree("curriculum state", ("ab" if dist.get_rank() != 1 else "cd") * 32))
 
-    message = "curriculum state differs: rank 0 has abababababab, not so ranks 1 (cdcdcdcdcdcd)"
+    message = "ranks disagree on curriculum state: rank 0 has abababababab, not so ranks 1 (cdcdcdcdcdcd)"
     assert run_ranks(fn, 3) == [message] * 3
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dump.curriculum.pass_rates import PromptPassRates
-from megatron_dump.curriculum.rows import SourceRows, ranks
+from megatron_dump.curriculum.rows import SourceRows, ranks, ranks_within
 from megatron_dump.types import Outcomes
 
 NAMES = ["b", "a", "b", "b", "a", "c"]  # of rows 0..5
@@ -102,6 +102,20 @@ def test_source_rows_say_where_every_row_is(names):
         assert rows.local[mine].tolist() == list(range(len(mine))) and set(rows.of_row[mine]) == {k}
     assert rows.of_row.dtype == np.int32 and rows.order.dtype == rows.starts.dtype == np.int64
     assert ranks(np.sort(rows.of_row)).tolist() == rows.local[rows.order].tolist()
+
+
+@given(st.lists(st.integers(0, 4), max_size=30))
+def test_ranks_count_the_equal_values_before(ids):
+    found = ranks_within(np.array(ids, np.int64))
+    assert found.dtype == np.int64 and found.tolist() == [ids[:i].count(k) for i, k in enumerate(ids)]
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=20))
+def test_runs_tell_the_source_of_every_row(names):
+    rows = SourceRows(names)
+    runs = rows.runs()
+    assert [rows.names[k] for k, length in runs.tolist() for _ in range(length)] == names
+    assert np.all(np.diff(runs[:, 0]) != 0)
 
 
 # -------------------------------------------------------------------------------------------- by hand, from papers

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megatron_dump.report import draw_figure, read_run, write_report
+from megatron_dump.report import write_report
+from megatron_dump.report.figure import draw_figure
+from megatron_dump.report.run import read_run
 
 
 def write_run(log_dir: Path, n_sources: int, n_steps: int, seed: int = 0) -> None:

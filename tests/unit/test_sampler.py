@@ -31,13 +31,13 @@ class Replay:
         return next(self._draws)
 
 
-@pytest.mark.parametrize("block_size", [8, 16])
-def test_ranks_partition_every_block_alike_for_any_data_parallel_size(block_size):
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_ranks_partition_every_block(micro):
     draw = make(n_prompts=16).draw(0)
     for ranks in (1, 2, 4):
-        shares = [sampler(None, r, ranks, broadcast=Replay(), block_size=block_size).share(draw) for r in range(ranks)]
-        parts = np.stack([share.reshape(16 // block_size, -1) for share in shares], axis=1)
-        assert np.array_equal(parts.reshape(-1), np.arange(16))  # rank r has the r-th contiguous part of each block
+        shares = [sampler(None, r, ranks, micro, broadcast=Replay()).share(draw) for r in range(ranks)]
+        parts = np.stack([share.reshape(-1, micro) for share in shares], axis=1)
+        assert np.array_equal(parts.reshape(-1), np.arange(16))  # rank r has the r-th micro-batch of each block
 
 
 def test_default_blocks_follow_megatron():
@@ -106,8 +106,6 @@ def test_other_ranks_take_the_draw_they_are_given():
     ("options", "message"),
     [
         ({"prompts": 10, "ranks": 2}, r"num_prompts_per_grpo_step 10 .* 2 \* data_parallel_size 2 = 4: 10 mod 4 = 2"),
-        ({"block_size": 12}, "num_prompts_per_grpo_step 16 is not a multiple of block_size 12: remainder 4"),
-        ({"ranks": 4, "block_size": 2}, "block_size 2 is not a multiple of data_parallel_size 4"),
         ({"rank": 2, "ranks": 2}, r"data_parallel_rank 2 is not in 0\.\.1"),
         ({"consumed": 5}, "consumed_samples 5 is not a multiple of num_prompts_per_grpo_step 16: 5 mod 16 = 5"),
         ({"micro": 0}, "micro_batch_size: 0 must be at least 1"),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from curriculum_bench.runs import Config
 from megatron_dump.curriculum.simulator import SCENARIOS, History, Scenario, simulate
-from megatron_dump.report import STYLE
+from megatron_dump.report.figure import STYLE
 
 SMALL: Any = {**STYLE, "font.size": 8, "axes.titlesize": 9}
 

@@ -1,4 +1,4 @@
-"""What public reference code of this kind gets wrong, a test each, named after the fault; here it must not happen.
+"""What DUMP's reference implementation gets wrong, a test each, named after the fault; here it must not happen.
 
 Most tests show the fault first, in a few lines that behave as the faulty code does, and then what happens here.
 """
@@ -8,41 +8,26 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.data
 
-from megatron_dump import evaluate, events, grpo
-from megatron_dump.batches import share_of_draw
-from megatron_dump.collect import Collector, with_advantages
-from megatron_dump.config import GRPOConfig
-from megatron_dump.curriculum import Curriculum, MegatronCurriculumBatchSampler, streams
-from megatron_dump.curriculum.budget import make_budget
-from megatron_dump.curriculum.codec import outcomes_from_json
-from megatron_dump.curriculum.cures import Cures
-from megatron_dump.curriculum.pass_rates import PromptPassRates
-from megatron_dump.curriculum.rows import SourceRows
+from megatron_dump import evaluate, events
+from megatron_dump.curriculum import Curriculum, MegatronCurriculumBatchSampler
 from megatron_dump.curriculum.simulator import Learner, Scenario, group_advantages
 from megatron_dump.curriculum.sources import SourceSetting, make_source_policy
 from megatron_dump.data import DataError, PromptDataset
-from megatron_dump.distributed import Replica, gather_outcomes
-from megatron_dump.monitor import Monitor
-from megatron_dump.rollout import Request
-from megatron_dump.scoring import Scorer
-from megatron_dump.trainer import GRPOTrainer
-from megatron_dump.types import Completion, Outcomes, Score
-from tests.unit import test_pass_rates
-from tests.unit.curricula import ROWS, answer, config, make, outcomes, run
+from megatron_dump.gather import gather_outcomes
+from megatron_dump.types import Outcomes
+from tests.unit.curricula import ROWS, answer, make, outcomes, run, softmax
+from tests.unit.guessing import Store, crashing, logged, observed, read, trainer
 from tests.unit.test_data import encode, row, write
 
 REPO = Path(__file__).resolve().parents[2]
@@ -60,127 +45,6 @@ def taught(world: Scenario, policy: str, steps: int, seed: int = 0, **options) -
     return curriculum, np.stack([draw.weights for draw in run(curriculum, steps, learner.roll_out)])
 
 
-def softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
-    scaled = np.exp(np.asarray(scores) / temperature)
-    return scaled / scaled.sum()
-
-
-# ----------------------------------------------------------------------- a whole loop around a policy that only guesses
-def verdict(text: str, ground_truth: str) -> Score:
-    return Score(float(text == "right"), text == "right", True)
-
-
-def crashing(text: str, ground_truth: str) -> Score:
-    if text == "right":
-        raise ValueError("this verifier has a bug")
-    return verdict(text, ground_truth)
-
-
-class Guesser:
-    """A policy that is trained and sampled from: right with a chance per source, which rises with every update."""
-
-    def __init__(self, chances: dict[str, float]):
-        self.chances, self.version = chances, 0
-
-    def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
-        return [self._complete(step, request, sample) for request in requests for sample in request.samples]
-
-    def _complete(self, step: int, request: Request, sample: int) -> Completion:
-        chance = self.chances[request.prompt.source]
-        chance = 1 - (1 - chance) * 0.9**self.version if chance else 0.0
-        right = streams.uniforms(sample + 1, "guess", step, request.group_id)[-1] < chance
-        tokens = np.zeros(2 if right else 5, np.int64)
-        text = "right" if right else "wrong"
-        return Completion(request.group_id, sample, tokens, tokens.astype(np.float32), True, self.version, text)
-
-    def make_batch(self, prompts, completions, advantages, *others: Any) -> Any:
-        return advantages
-
-    def compute_logprobs(self, batch: Any, reference: bool = False) -> None:
-        return None
-
-    def train_step(self, batch: Any) -> dict[str, float]:
-        self.version += 1
-        return {}
-
-
-class Store:
-    """Checkpoints in memory, as JSON."""
-
-    def __init__(self):
-        self.saved: dict[int, str] = {}
-        self.actor: Guesser | None = None  # that `load` restores
-
-    def latest(self) -> int | None:
-        return max(self.saved, default=None)
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        self.saved[step] = json.dumps({**state, "version": self.actor.version})
-
-    def state(self, step: int) -> dict[str, Any]:
-        return json.loads(self.saved[step])
-
-    def load(self, step: int) -> dict[str, Any]:
-        self.actor.version = self.state(step)["version"]
-        return {}
-
-
-def trainer(
-    folder: Path,
-    steps: int = 4,
-    *,
-    store: Store | None = None,
-    chances: dict[str, float] | None = None,
-    encode: Callable[[list[dict[str, str]]], list[int]] = encode,
-    judge: Callable[[str, str], Score] = verdict,
-    settings: dict[str, Any] | None = None,
-    size: int = 12,
-    **curriculum: Any,
-) -> GRPOTrainer:
-    """A run of 8 prompts x 4 rollouts a step over `size` rows of each source, resumed if the store holds a checkpoint.
-
-    chances: the policy's, by source; settings: of GRPOConfig; the rest is tests.unit.curricula.config's.
-    """
-    chances = chances or {"easy": 0.7, "hard": 0.1, "medium": 0.4}
-    folder.mkdir(exist_ok=True)
-    rows = [row(f"{source} {i}", source=source) for i in range(size) for source in chances]
-    data = PromptDataset(write(folder / "train.parquet", *rows), encode=encode)
-    held_out = PromptDataset(write(folder / "val.parquet", *rows[:6]), encode=encode)
-    counts = {"num_prompts_per_grpo_step": 8, "samples_per_prompt": 4, "run_validation_step_0": False}
-    grpo_config = GRPOConfig(**{**counts, "max_steps": steps, **(settings or {})})
-    chosen = Curriculum(data.source_of_rows, 8, 4, 7, config(**curriculum), data.fingerprint, max_steps=steps)
-    sampler = MegatronCurriculumBatchSampler(len(data), 0, 1, 8, 0, 1, curriculum=chosen)
-    actor, store = Guesser(chances), store or Store()
-    store.actor = actor
-    replica = Replica(0, 1, None, torch.device("cpu"))
-    scorer = Scorer({"*": f"{__name__}:{judge.__name__}"}, data.sources)
-    collector = Collector(actor, scorer, data, sampler, chosen.filter, replica, 1, True, lambda completion: 0)
-    monitor = Monitor(folder, data.sources, steps, 0, {})
-    made = GRPOTrainer(
-        grpo_config, {}, 1, 5, "token-mean", False, True, actor, collector, actor, data, held_out, chosen, replica,
-        store, monitor,
-    )  # fmt: skip
-    made.resume()
-    return made
-
-
-def read(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def logged(folder: Path, name: str) -> np.ndarray:
-    """float64 [steps, K]: `curriculum/<source>/<name>` of every step, out of metrics.jsonl."""
-    steps = [r for r in read(folder) if "train/accuracy" in r]
-    sources = sorted({key.split("/")[1] for key in steps[0] if key.startswith("curriculum/")})
-    return np.array([[step[f"curriculum/{source}/{name}"] for source in sources] for step in steps])
-
-
-def observed(folder: Path) -> list[Outcomes]:
-    """What the curriculum was told, call by call, out of curriculum.jsonl."""
-    return [outcomes_from_json(e["outcomes"]) for e in read(folder, "curriculum.jsonl") if e["event"] == "observe"]
-
-
-# ------------------------------------------------------------------------------------- DUMP's reference implementation
 def test_resume_freezes_the_curriculum(tmp_path):
     """Fault: a resume restores the loader, while the controller that hears the outcomes is a fresh one."""
     whole = trainer(tmp_path / "whole", 8)
@@ -512,139 +376,3 @@ def test_a_broken_verifier_starves_its_source_unnoticed():
         assert "verifier or prompt format broken?" in curriculum.alarms()["a"]
         repaired = run(curriculum, 45, Learner(dataclasses.replace(world, broken=()), 0).roll_out)
         assert curriculum.alarms() == {} and repaired[-1].weights[0] > 3 * repaired[0].weights[0]  # found again
-
-
-# ------------------------------------------------------------------------------------- CurES's reference implementation
-def cures_of(right: dict[int, int], n: int, n_rows: int, **options) -> tuple[Cures, PromptPassRates, SourceRows]:
-    """CurES on one source with its own posterior, after `right` of n rollouts of rows were right."""
-    rows = SourceRows(["x"] * n_rows)
-    rates = PromptPassRates(rows, discount=1.0, prior="flat")
-    policy = Cures(rows, 5, rates, **options)
-    told = [(i, sample < k) for i, k in right.items() for sample in range(n)]
-    rates.observe(test_pass_rates.outcomes(0, told, rows))
-    return policy, rates, rows
-
-
-def test_a_temperature_of_hundreds_makes_sampling_uniform():
-    """Fault: the temperature is (accepted + 1) / 1e-2, so that rho differs from uniform by less than 0.3 %."""
-    for accepted in (0, 1, 8):
-        rho = softmax(np.repeat([0.0, 0.5], 50), (accepted + 1) / 1e-2)  # the widest gap there is
-        assert np.abs(100 * rho - 1).max() < 0.003
-    policy, *_ = cures_of({i: 4 * (i % 2) for i in range(40)}, 8, 40)  # p = 1/10 or 5/10
-    ids, rho = policy.distribution(1, 0)
-    assert rho[ids % 2 == 1].min() / rho[ids % 2 == 0].max() == pytest.approx(math.exp((0.5 - 0.3) / 0.1), rel=1e-9)
-    drawn = [policy.draw(step, 0, np.zeros(8, np.int64), np.empty(0, np.int64)) for step in range(1, 30)]
-    assert np.mean(np.concatenate(drawn) % 2) > 0.8
-
-
-def test_the_posterior_never_updates_inside_an_iteration():
-    """Fault: alpha and beta stay those of the pre-rollouts for all M steps of an iteration."""
-    policy, rates, rows = cures_of({}, 0, 12, subsets=2, steps_per_subset=10, pre_rollouts=4)
-    subset, n = policy.pre_rollouts(0)
-    counts = {i: [1, 1] for i in subset.tolist()}
-
-    def observe(step: int, told: list[tuple[int, bool]]) -> None:
-        rates.observe(test_pass_rates.outcomes(step, told, rows))
-        for i, right in told:
-            counts[i][not right] += 1
-
-    def rho() -> dict[int, float]:
-        p = {i: a / (a + b) for i, (a, b) in counts.items()}
-        weights = softmax(np.array([math.sqrt(x * (1 - x)) for x in p.values()]), 0.1)
-        return dict(zip(p, weights.tolist(), strict=True))
-
-    observe(0, [(int(i), (i + sample) % 2 == 0) for i in subset for sample in range(n)])
-    policy.prepared(0)
-    seen = []
-    for step in range(10):
-        assert policy.pre_rollouts(step) is None
-        ids, found = policy.distribution(step, 0)
-        np.testing.assert_allclose(found, [rho().get(i, 0.0) for i in ids.tolist()], atol=1e-12)
-        seen.append(found)
-        drawn = policy.draw(step, 0, np.zeros(2, np.int64), np.empty(0, np.int64))
-        observe(step, [(i, True) for i in drawn.tolist() for _ in range(8)])
-    assert np.all(np.abs(np.diff(seen, axis=0)).max(axis=1) > 1e-3)  # a new one in every step
-
-
-@pytest.mark.parametrize("name", ["neyman", "knapsack"])
-def test_prompts_with_none_or_all_of_the_pre_rollouts_right_get_no_rollouts(name):
-    """Fault: k in {0, N'} has sigma = 0 and so n_i = 0: a hard filter on the evidence of four rollouts."""
-    k = np.arange(40) % 5  # of N' = 4
-    sigma = np.sqrt(k / 4 * (1 - k / 4))
-    assert np.all(np.floor(320 * sigma / sigma.sum())[k % 4 == 0] == 0)
-    _, rates, rows = cures_of(dict(enumerate(k.tolist())), 4, 40)
-    budget = make_budget({"name": name}, 8)
-    for p in (rates.mean(np.arange(len(rows))), k / 4):  # the posterior's mean is never 0 or 1; nor would that matter
-        n = budget.allot(p, 320)
-        assert n.min() >= 2 and n.sum() == 320
-        assert n[k == 2].min() > n[k == 4].max()
-
-
-@pytest.mark.parametrize("name", ["neyman", "knapsack"])
-def test_ragged_allocation_normalised_per_rank_overspends(name):
-    """Fault: each rank shares out the whole budget among its own prompts: 27,000 rollouts are spent instead of 8192."""
-    p = np.random.Generator(np.random.Philox(2)).beta(1, 2, 1024)
-    sigma = np.sqrt(p * (1 - p))
-    of_ranks = [np.floor(8192 * own / own.sum()) for own in np.split(sigma, 4)]
-    assert np.sum(of_ranks) > 3 * 8192
-
-    curriculum = make("uniform", rows=["x"] * 1100, n_prompts=1024, group=8, budget=name, prompts="cures")
-    run(curriculum, 1, lambda draw: answer(draw, lambda rows, samples: samples < rows % 9))
-    draw = curriculum.draw(1)
-    assert draw.rollouts.sum() == 8192 and len(set(draw.rollouts.tolist())) > 3
-    for ranks in (1, 4, 8):
-        shares = [share_of_draw(draw, 2, ranks, rank) for rank in range(ranks)]
-        spent = collections.Counter()
-        for place, first, n in itertools.chain(*shares):
-            spent.update((place, sample) for sample in range(first, first + n))
-        assert spent.total() == len(spent) == 8192  # every sample once, however many ranks there are
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_group_of_one_has_its_reward_as_advantage(normalize):
-    """Fault: a group of one gets mean 0 and std 1, so A = r: the reward without a baseline."""
-    faulty = (3.0 - 0.0) / (1.0 + 1e-6)
-    assert faulty == pytest.approx(3.0)
-    rewards = np.array([3.0, 3.0, np.nan, -1.0, 1.0])  # the second is left alone by a missing one
-    told = with_advantages(outcomes(0, [0] * 5, np.zeros(5), rewards, [0, 1, 1, 2, 2]), normalize)
-    assert told.advantages[:2].tolist() == [0.0, 0.0] and np.isnan(told.advantages[2])
-    assert told.advantages[3] < 0 < told.advantages[4]
-    alone = grpo.group_advantages(torch.tensor([3.0, -3.0]), torch.tensor([4, 9]), normalize)
-    assert alone.tolist() == [0.0, 0.0]
-
-
-def test_pre_rollouts_are_not_counted(tmp_path):
-    """Fault of the comparison: what the pre-rollouts generate is left out of the budget."""
-    prompts = {"name": "cures", "subsets": 3, "steps_per_subset": 2, "pre_rollouts": 4}
-    trainer(tmp_path, 4, prompts=prompts).fit()
-    tokens: collections.Counter[int] = collections.Counter()
-    for told in observed(tmp_path):
-        tokens[told.step] += int(told.lengths.sum())
-    steps = read(tmp_path)
-    assert [step["perf/generated_tokens"] for step in steps] == [tokens[step] for step in range(4)]
-    pre = logged(tmp_path, "n_pre_rollouts").sum(axis=1)
-    assert pre.tolist() == [12 * 4, 0, 12 * 4, 0]
-    assert tokens[0] > 2 * tokens[1]
-
-
-# ---------------------------------------------------------------------------------------------- DAPO's dynamic sampling
-@pytest.mark.parametrize("chances", [{"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.5}])
-def test_dynamic_sampling_aborts_at_the_cap(tmp_path, chances):
-    """Fault: if too few groups vary after the last refill, the run is aborted instead of training on what it has."""
-    blocks = {"filter": {"name": "zero_variance", "max_refills": 2}}
-    run_of = trainer(tmp_path, 3, chances=chances, size=60, name="uniform", blocks=blocks)
-    run_of.fit()
-    assert run_of.step == 3
-    short = [e for e in read(tmp_path, "events.jsonl") if e["kind"] == "short_batch"]
-    assert [e["step"] for e in short] == [1, 2, 3]  # and it says so
-    for step, event, told in zip(read(tmp_path), short, observed(tmp_path), strict=True):
-        _, first, index = np.unique(told.group_ids, return_index=True, return_inverse=True)
-        right = np.bincount(index, told.rewards)
-        varies = (right > 0) & (right < 4)
-        assert step["train/n_kept"] == 4 * varies.sum() < 32
-        assert event["message"].startswith(f"trains on {4 * varies.sum()} of 32 rollouts after 2 refills")
-        sources = told.source_ids[first]
-        assert not varies[sources == 0].any()
-        assert np.sum(sources == 0) == 3 * np.sum(sources[:8] == 0)  # refilled from its own source each time
-        assert step["curriculum/a/n_rollouts"] == 4 * np.sum(sources == 0)  # what was rejected is observed
-    assert run_of.actor.version == (3 if chances["b"] else 0)  # a step with nothing to learn from makes no update

@@ -1,0 +1,5 @@
+"""report.html and report.png of a run, from its metrics.jsonl: `python -m megatron_dump.report RUN_DIR`."""
+
+from megatron_dump.report.page import write_report
+
+__all__ = ["write_report"]

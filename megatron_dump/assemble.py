@@ -19,6 +19,7 @@ from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import DrawBroadcast, Replica
+from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.rewards import reward_functions
 from megatron_dump.rollout import Generator
@@ -63,6 +64,8 @@ def build_trainer(config: Config) -> GRPOTrainer:
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_positions(config, actor, [d for d in (train, validation) if d is not None])
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
+    advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
+    reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
     replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     return GRPOTrainer(
         config=grpo,
@@ -81,7 +84,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
             filter=curriculum.filter,
             replica=replica,
             updates=updates,
-            normalize_rewards=grpo.normalize_rewards,
+            **advantages,
             # A recording may come from a run that took more updates: what it holds is as fresh as can be.
             age=lambda completion: max(actor.version - completion.policy_version, 0) // updates,
         ),
@@ -92,6 +95,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         replica=replica,
         checkpoints=Checkpoints(log_dir / "checkpoints", actor),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
+        reward_kl=reward_kl if grpo.kl_in_reward else None,
     )
 
 

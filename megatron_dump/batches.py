@@ -47,9 +47,17 @@ class UpdateShare:
 
 
 def update_shares(
-    outcomes: Outcomes, rejected: np.ndarray, updates: int, ranks: int, rank: int, loss_agg_mode: str
+    outcomes: Outcomes,
+    rejected: np.ndarray,
+    updates: int,
+    ranks: int,
+    rank: int,
+    loss_agg_mode: str,
+    max_length: int,
 ) -> list[UpdateShare]:
     """One rank's share of every update, from all groups but the `rejected` (ids), dealt out in global order.
+
+    loss_agg_mode and max_length as in grpo.loss_weights.
 
     Rollouts without a finite reward keep their row, which counts nowhere; updates without any other are left out.
     """
@@ -65,7 +73,7 @@ def update_shares(
             continue
         groups, lengths = outcomes.group_ids[everyone], outcomes.lengths[everyone]
         weights = np.zeros(len(outcomes.kept))
-        weights[everyone] = grpo.loss_weights(loss_agg_mode, groups, lengths, group_size[everyone])
+        weights[everyone] = grpo.loss_weights(loss_agg_mode, groups, lengths, group_size[everyone], max_length)
         rows = taken[parts[rank]]
         advantages = np.where(outcomes.kept, outcomes.advantages, 0.0)[rows]
         shares.append(UpdateShare(rows, advantages, weights[rows], float(lengths.sum()), max(map(len, parts))))

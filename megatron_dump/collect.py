@@ -67,6 +67,7 @@ class Collector:
     updates: int  # optimizer steps of a training step: which rollouts are generated where
     normalize_rewards: bool
     age: Callable[[Completion], int]  # training steps since its weights, at least 0
+    advantage_estimator: str = "grpo"
 
     def requests(self, draw: Draw, updates: int) -> list[Request]:
         """This replica's share of a round: of a training round, what it will train on if nothing is rejected."""
@@ -89,7 +90,7 @@ class Collector:
             outcomes = gather_outcomes(local, self.replica.group, self.replica.device)
             # Ranks that hold other outcomes would reject other groups, and wait for ever in different collectives.
             agree("outcomes", digest(outcomes), device=self.replica.device)
-            outcomes = with_advantages(outcomes, self.normalize_rewards)
+            outcomes = with_advantages(outcomes, self.normalize_rewards, self.advantage_estimator)
             rejected = self.filter.rejected(outcomes) if draw.train else np.empty(0, np.int64)
             kept = np.isfinite(outcomes.advantages) & ~np.isin(outcomes.group_ids, rejected) & draw.train
         return Rollouts(prompts, completions, scores, dataclasses.replace(outcomes, kept=kept), rejected)
@@ -107,7 +108,7 @@ class Collector:
         return rollouts
 
 
-def with_advantages(outcomes: Outcomes, normalize: bool) -> Outcomes:
+def with_advantages(outcomes: Outcomes, normalize: bool, estimator: str = "grpo") -> Outcomes:
     """The same with advantages over the finite rewards of each group; NaN where the reward is not finite.
 
     Rewards so large that their spread overflows have no finite advantage either.
@@ -115,7 +116,7 @@ def with_advantages(outcomes: Outcomes, normalize: bool) -> Outcomes:
     finite = np.isfinite(outcomes.rewards)
     advantages = np.full(len(finite), np.nan)
     rewards, groups = torch.from_numpy(outcomes.rewards[finite]), torch.from_numpy(outcomes.group_ids[finite])
-    advantages[finite] = grpo.group_advantages(rewards, groups, normalize).numpy()
+    advantages[finite] = grpo.group_advantages(rewards, groups, normalize, estimator=estimator).numpy()
     return dataclasses.replace(outcomes, advantages=advantages)
 
 

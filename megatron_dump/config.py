@@ -12,7 +12,11 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "prompt-mean")  # of grpo.loss_weights
+# What grpo.py, advantages.py and kl.py know, repeated so that a YAML is checked without torch; a test compares them.
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "prompt-mean", "seq-mean-token-sum-norm")
+LOSS_MODES = ("vanilla", "gspo", "cispo")
+ADVANTAGE_ESTIMATORS = ("grpo", "rloo")
+KL_PENALTY_TYPES = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass
@@ -47,6 +51,9 @@ class GRPOConfig:
     run_validation_step_0: bool = True
     gradient_clip_val: float = 1.0
     initial_policy_kl_penalty: float = 0.001
+    kl_penalty_type: str = "k3"
+    kl_in_reward: bool = False
+    advantage_estimator: str = "grpo"
     normalize_rewards: bool = True
     curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
     inference_backend: InferenceBackendConfig = dataclasses.field(default_factory=InferenceBackendConfig)
@@ -78,8 +85,12 @@ class LengthParams:
 class ModelGRPOConfig:
     forward_micro_batch_size: int | None = None
     generation_rollout_mbs: int = 256
+    loss_mode: str = "vanilla"
     ratio_eps_low: float = 0.2
     ratio_eps_high: float = 0.2
+    ratio_clip_c: float | None = None
+    entropy_bonus: float = 0.0
+    importance_sampling_cap: float | None = None
     loss_agg_mode: str = "token-mean"
     sampling_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     length_params: LengthParams = dataclasses.field(default_factory=LengthParams)
@@ -252,12 +263,16 @@ def validate(config: Config) -> None:
         if value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0")
     _check_ranges(config)
+    _check_loss(config)
     if grpo.samples_per_prompt < 2:
         raise ConfigError(
             f"trainer.grpo.samples_per_prompt={grpo.samples_per_prompt}: a group needs at least 2 to have a baseline"
         )
     for key, value, known in (
         ("model.grpo.loss_agg_mode", model.grpo.loss_agg_mode, LOSS_AGG_MODES),
+        ("model.grpo.loss_mode", model.grpo.loss_mode, LOSS_MODES),
+        ("trainer.grpo.advantage_estimator", grpo.advantage_estimator, ADVANTAGE_ESTIMATORS),
+        ("trainer.grpo.kl_penalty_type", grpo.kl_penalty_type, KL_PENALTY_TYPES),
         ("trainer.grpo.curriculum.resume_changed", grpo.curriculum.resume_changed, ("refuse", "allow")),
     ):
         if value not in known:
@@ -300,6 +315,27 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(f"model.optim.betas={optim.betas}: must be two numbers in [0, 1)")
     if not 0 <= optim.sched.min_lr <= optim.lr:
         raise ConfigError(f"model.optim.sched.min_lr={optim.sched.min_lr}: must be in [0, model.optim.lr={optim.lr}]")
+
+
+def _check_loss(config: Config) -> None:
+    """What grpo.LossOptions asks for, and that a KL in the reward has a reference to come from."""
+    grpo, loss = config.trainer.grpo, config.model.grpo
+    clip_c, cap = loss.ratio_clip_c, loss.importance_sampling_cap
+    for key, value, right, remedy in (
+        ("ratio_eps_low", loss.ratio_eps_low, 0 <= loss.ratio_eps_low <= 1, "must be in [0, 1]"),
+        ("ratio_eps_high", loss.ratio_eps_high, loss.ratio_eps_high >= 0, "must not be negative"),
+        ("ratio_clip_c", clip_c, clip_c is None or clip_c > 1, "must be above 1, or null for no such bound"),
+        ("ratio_clip_c", clip_c, clip_c is None or loss.loss_mode != "cispo", "cispo knows no dual clip: set it null"),
+        ("entropy_bonus", loss.entropy_bonus, loss.entropy_bonus >= 0, "must not be negative"),
+        ("importance_sampling_cap", cap, cap is None or cap > 0, "must be above 0, or null for no correction"),
+    ):
+        if not right:
+            raise ConfigError(f"model.grpo.{key}={value}: {remedy}")
+    if grpo.kl_in_reward and grpo.initial_policy_kl_penalty == 0:
+        raise ConfigError(
+            "trainer.grpo.kl_in_reward=true: trainer.grpo.initial_policy_kl_penalty=0 leaves nothing to subtract; "
+            "raise it, or set kl_in_reward=false"
+        )
 
 
 def _check_batches(config: Config) -> None:

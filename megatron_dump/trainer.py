@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_dump import evaluate, events
-from megatron_dump.batches import update_shares
+from megatron_dump.batches import UpdateShare, update_shares
 from megatron_dump.collect import Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together
 from megatron_dump.gather import gather_completions
+from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
@@ -72,6 +73,7 @@ class GRPOTrainer:
     monitor: Monitor
     step: int = 0  # steps done
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
+    reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
@@ -117,31 +119,40 @@ class GRPOTrainer:
 
     def train(self, watch: Stopwatch, rollouts: Rollouts) -> dict[str, float]:
         """The optimizer steps of a training step; metrics are means over them (or maxima). None of it: no metrics."""
-        batches = self.batches(rollouts)
+        shares = self.shares(rollouts)
+        batches, metrics = self.batches(rollouts, shares), {}
         with watch("old_log_prob"):
-            if len(batches) > 1:  # with a single update the old policy is the current one
+            if len(batches) > 1 or self.reward_kl:  # with a single update the old policy is the current one
                 for batch in batches:
                     batch.old_logprobs = self.actor.compute_logprobs(batch)
         with watch("ref"):
             if self.use_reference:
                 for batch in batches:
                     batch.ref_logprobs = self.actor.compute_logprobs(batch, reference=True)
+        with watch("adv"):
+            if self.reward_kl and batches:
+                metrics = self.reward_kl.apply(rollouts.outcomes, shares, batches, self.replica)
         with watch("update_actor"):
             updates = [self.actor.train_step(batch) for batch in batches]
         keys = updates[0] if updates else ()
-        return {k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates])) for k in keys}
+        return metrics | {k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates])) for k in keys}
 
-    def batches(self, rollouts: Rollouts) -> list[TrainBatch]:
-        """This rank's share of every update."""
+    def shares(self, rollouts: Rollouts) -> list[UpdateShare]:
+        """What this rank trains on, update by update."""
+        return update_shares(
+            rollouts.outcomes, rollouts.rejected, self.updates, self.replica.size, self.replica.rank,
+            self.loss_agg_mode, self.max_length,
+        )  # fmt: skip
+
+    def batches(self, rollouts: Rollouts, shares: Sequence[UpdateShare]) -> list[TrainBatch]:
+        """Those, padded: a collective where groups were rejected."""
         outcomes, replica = rollouts.outcomes, self.replica
         completions = rollouts.completions
         if len(rollouts.rejected):  # what is left is dealt out anew
             completions = gather_completions(completions, replica.group, replica.device)
         found = {(c.group_id, c.sample): c for c in completions}
         batches = []
-        for share in update_shares(
-            outcomes, rollouts.rejected, self.updates, replica.size, replica.rank, self.loss_agg_mode
-        ):
+        for share in shares:
             keys = zip(outcomes.group_ids[share.rows].tolist(), outcomes.samples[share.rows].tolist(), strict=True)
             prompts = [self.dataset[int(i)].token_ids for i in outcomes.prompt_ids[share.rows]]
             mine = [found[key] for key in keys]

@@ -24,6 +24,7 @@ from megatron_dump import grpo
 from megatron_dump.actor import convert
 from megatron_dump.actor.batching import MicroBatch, micro_batches, pad_rollouts
 from megatron_dump.actor.logprobs import vocab_parallel_logprobs
+from megatron_dump.actor.loss_options import loss_options
 from megatron_dump.actor.model import build_model, read_architecture, transformer_config
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.config import Config
@@ -43,14 +44,13 @@ class MegatronGPTGRPOActor:
         self.micro_batch_size = model.micro_batch_size
         self.forward_micro_batch_size = model.grpo.forward_micro_batch_size or model.micro_batch_size
         self.temperature = model.grpo.sampling_params.temperature
-        self.ratio_eps = (model.grpo.ratio_eps_low, model.grpo.ratio_eps_high)
-        self.kl_penalty = trainer.grpo.initial_policy_kl_penalty
+        self.loss = loss_options(config)
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision)
         self.modules = [build_model(self.arch, self.transformer_config, parallel)]  # the chunks of this stage
         convert.load_hf(self.modules, self.arch, parallel, path)
-        self.reference = self._cpu_weights() if self.kl_penalty > 0 else None
+        self.reference = self._cpu_weights() if trainer.grpo.initial_policy_kl_penalty > 0 else None
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.models = [DistributedDataParallel(self.transformer_config, ddp, module) for module in self.modules]
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.models)
@@ -85,8 +85,8 @@ class MegatronGPTGRPOActor:
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on this rank's share of a global mini-batch; metrics equal on all ranks.
 
-        `actor/pg_loss`, `actor/kl_loss`, `actor/loss`, `actor/entropy`, `actor/pg_clipfrac` are means over the sampled
-        tokens of the global mini-batch.
+        Those of the loss (`LossOptions.metrics`) and `actor/entropy` are means over the sampled tokens of the global
+        mini-batch.
         """
         for model in self.models:
             model.train()
@@ -101,11 +101,11 @@ class MegatronGPTGRPOActor:
             logprobs, entropy = self._logprobs(logits, micro.tokens)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, sums = grpo.policy_loss(
-                logprobs, old, micro.advantages, micro.mask, batch.global_tokens, *self.ratio_eps,
-                ref_logprobs=micro.ref_logprobs, kl_penalty=self.kl_penalty, weights=micro.weights,
+                logprobs, old, micro.advantages, micro.mask, batch.global_tokens, self.loss, weights=micro.weights,
+                ref_logprobs=micro.ref_logprobs, rollout_logprobs=micro.rollout_logprobs, entropy=entropy,
             )  # fmt: skip
             difference = (old - micro.rollout_logprobs).abs() * micro.mask  # generator against trainer, same weights
-            sums["actor/entropy"] = (entropy * micro.mask).sum()
+            sums["actor/entropy"] = (entropy.detach() * micro.mask).sum()
             sums["actor/logprobs"] = (logprobs.detach() * micro.mask).sum()
             sums["rollout/logprob_diff_mean"] = difference.sum()
             return loss * scale, {**sums, "rollout/logprob_diff_max": difference.max()}
@@ -189,7 +189,7 @@ class MegatronGPTGRPOActor:
 
     def _reduce(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and data-parallel ranks (a maximum for `*_max`), known to every rank."""
-        names = _METRICS + (("actor/kl_loss",) if self.reference is not None else ())
+        names = self.loss.metrics + _METRICS
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.parallel.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.parallel.device)
         if self.parallel.is_last_stage:
@@ -224,9 +224,7 @@ class MegatronGPTGRPOActor:
             parameter.copy_(weight)
 
 
-_METRICS = (
-    "actor/pg_loss", "actor/loss", "actor/pg_clipfrac", "actor/entropy", "actor/logprobs", "rollout/logprob_diff_mean",
-)  # fmt: skip
+_METRICS = ("actor/entropy", "actor/logprobs", "rollout/logprob_diff_mean")
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

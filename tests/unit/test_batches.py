@@ -55,8 +55,8 @@ def test_every_rollout_that_is_left_trains_once_and_the_loss_is_the_mode_s_mean(
     advantages, rewards = np.where(finite, np.sin(np.arange(n)), np.nan), np.where(finite, 1.0, np.nan)
     kept = finite & ~np.isin(groups, rejected)
     results = outcomes(0, np.zeros(n, int), advantages, rewards, groups, lengths=lengths, kept=kept)
-    shares = [update_shares(results, rejected, updates, ranks, r, mode) for r in range(ranks)]
-    alone = update_shares(results, rejected, updates, 1, 0, mode)
+    shares = [update_shares(results, rejected, updates, ranks, r, mode, 8) for r in range(ranks)]
+    alone = update_shares(results, rejected, updates, 1, 0, mode, 8)
     trained = []
     for u, whole in enumerate(alone):
         parts = [of_rank[u] for of_rank in shares]
@@ -67,6 +67,9 @@ def test_every_rollout_that_is_left_trains_once_and_the_loss_is_the_mode_s_mean(
         assert np.array_equal(weights, whole.weights)
         assert np.isfinite(np.concatenate([p.advantages for p in parts])).all()
         assert np.array_equal(weights > 0, results.kept[whole.rows])
-        np.testing.assert_allclose((weights * lengths[whole.rows]).sum(), whole.global_tokens)
+        total = (weights * lengths[whole.rows]).sum()
+        if mode == "seq-mean-token-sum-norm":  # divides by 8 tokens a rollout, however many there are
+            total *= 8 * (weights > 0).sum() / whole.global_tokens
+        np.testing.assert_allclose(total, whole.global_tokens)
         trained += whole.rows[whole.weights > 0].tolist()
     assert trained == np.flatnonzero(results.kept).tolist()

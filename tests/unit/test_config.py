@@ -46,6 +46,21 @@ def test_the_documented_defaults_are_the_defaults():
         ("trainer.grpo.samples_per_prompt=1", "trainer.grpo.samples_per_prompt=1: a group needs at least 2"),
         ("model.global_batch_size=96", "model.global_batch_size=96 does not divide the 256 rollouts of a step"),
         ("model.grpo.loss_agg_mode=mean", "model.grpo.loss_agg_mode=mean: known are token-mean, seq-mean-token-mean"),
+        ("model.grpo.loss_mode=ppo", "model.grpo.loss_mode=ppo: known are vanilla, gspo, cispo"),
+        ("trainer.grpo.advantage_estimator=gae", "trainer.grpo.advantage_estimator=gae: known are grpo, rloo"),
+        ("trainer.grpo.kl_penalty_type=k4", "trainer.grpo.kl_penalty_type=k4: known are k1, k2, k3"),
+        ("model.grpo.ratio_eps_low=1.5", "model.grpo.ratio_eps_low=1.5: must be in [0, 1]"),
+        ("model.grpo.ratio_clip_c=1", "model.grpo.ratio_clip_c=1.0: must be above 1, or null"),
+        ("model.grpo.importance_sampling_cap=0", "model.grpo.importance_sampling_cap=0.0: must be above 0, or null"),
+        ("model.grpo.entropy_bonus=-1", "model.grpo.entropy_bonus=-1.0: must not be negative"),
+        (
+            ["model.grpo.loss_mode=cispo", "model.grpo.ratio_clip_c=3"],
+            "model.grpo.ratio_clip_c=3.0: cispo knows no dua",
+        ),
+        (
+            ["trainer.grpo.kl_in_reward=true", "trainer.grpo.initial_policy_kl_penalty=0"],
+            "trainer.grpo.kl_in_reward=tr",
+        ),
         ("trainer.grpo.curriculum.resume_changed=yes", "trainer.grpo.curriculum.resume_changed=yes: known are refuse"),
         ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
         ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
@@ -61,7 +76,7 @@ def test_the_documented_defaults_are_the_defaults():
 )
 def test_errors_are_one_line_with_key_value_and_remedy(override, message):
     with pytest.raises(schema.ConfigError) as error:
-        schema.load(_compose("kk_cpu", override))
+        schema.load(_compose("kk_cpu", *([override] if isinstance(override, str) else override)))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 

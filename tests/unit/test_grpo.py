@@ -60,8 +60,9 @@ def test_policy_loss_equals_the_formula_and_does_not_depend_on_the_split():
     n = mask.sum()
 
     def loss(rows):
+        options = grpo.LossOptions(ratio_eps_low=0.2, ratio_eps_high=0.28, kl_penalty=0.3)
         return grpo.policy_loss(
-            logprobs[rows], old[rows], advantages[rows], mask[rows], n, 0.2, 0.28, ref[rows], kl_penalty=0.3
+            logprobs[rows], old[rows], advantages[rows], mask[rows], n, options, ref_logprobs=ref[rows]
         )
 
     whole, metrics = loss(slice(None))
@@ -76,7 +77,8 @@ def test_tokens_outside_the_mask_never_reach_loss_or_gradient():
     logprobs = torch.tensor([[-120.0, -1.0]], requires_grad=True)
     mask, reference = torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, -1.5]])
     old = torch.tensor([[0.0, -1.0]])
-    loss, _ = grpo.policy_loss(logprobs, old, torch.ones(1), mask, 1.0, ref_logprobs=reference, kl_penalty=1.0)
+    options = grpo.LossOptions(kl_penalty=1.0)
+    loss, _ = grpo.policy_loss(logprobs, old, torch.ones(1), mask, 1.0, options, ref_logprobs=reference)
     loss.backward()
     assert loss.isfinite() and logprobs.grad[0, 0] == 0 and logprobs.grad[0, 1] != 0
 
@@ -125,12 +127,13 @@ def test_loss_weights_are_the_means_they_are_called(rollouts, mode):
     groups, lengths = np.array(rollouts).T
     sizes = np.bincount(groups)[groups]
     per_token = np.sin(np.arange(len(groups)))  # what each token of a rollout adds to the loss
-    weighted = (grpo.loss_weights(mode, groups, lengths, sizes) * per_token * lengths).sum() / lengths.sum()
+    weighted = (grpo.loss_weights(mode, groups, lengths, sizes, 32) * per_token * lengths).sum() / lengths.sum()
     of_group = {g: [per_token[i] for i in np.flatnonzero(groups == g)] for g in set(groups.tolist())}
     expected = {
         "token-mean": sum(x * n for x, n in zip(per_token, lengths, strict=True)) / lengths.sum(),
         "seq-mean-token-mean": statistics.fmean(per_token),
         "prompt-mean": statistics.fmean([statistics.fmean(values) for values in of_group.values()]),
+        "seq-mean-token-sum-norm": statistics.fmean(x * n / 32 for x, n in zip(per_token, lengths, strict=True)),
     }[mode]
     assert weighted == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
@@ -144,7 +147,23 @@ def test_the_loss_counts_a_row_as_often_as_its_weight_says():
     assert weighted.item() == pytest.approx(2 * first.item())
 
 
-def test_the_modes_of_the_configuration_are_those_of_the_loss():
-    assert config.LOSS_AGG_MODES == grpo.LOSS_AGG_MODES
+@given(ROLLOUTS, st.sampled_from(grpo.LOSS_AGG_MODES))
+def test_empty_rollouts_count_nowhere_and_change_no_other_weight_s_share(rollouts, mode):
+    groups, lengths = np.array(rollouts).T
+    sizes = np.ones_like(groups)
+    alone = grpo.loss_weights(mode, groups, lengths, sizes, 32)
+    with_empty = [np.append(values, value) for values, value in ((groups, 7), (lengths, 0), (sizes, 1))]
+    weights = grpo.loss_weights(mode, *with_empty, 32)
+    np.testing.assert_array_equal(weights[:-1], alone)
+    assert mode == "token-mean" or weights[-1] == 0
+
+
+def test_the_names_of_the_configuration_are_those_of_the_functions():
+    for name in ("LOSS_AGG_MODES", "LOSS_MODES", "ADVANTAGE_ESTIMATORS", "KL_PENALTY_TYPES"):
+        assert getattr(config, name) == getattr(grpo, name)
     with pytest.raises(ValueError, match="loss_agg_mode 'mean' is unknown; known: token-mean"):
-        grpo.loss_weights("mean", np.zeros(1, int), np.ones(1, int), np.ones(1, int))
+        grpo.loss_weights("mean", np.zeros(1, int), np.ones(1, int), np.ones(1, int), 1)
+    with pytest.raises(ValueError, match="advantage_estimator 'gae' is unknown; known: grpo, rloo"):
+        grpo.group_advantages(torch.zeros(2), torch.zeros(2), estimator="gae")
+    with pytest.raises(ValueError, match="kl_penalty_type 'k4' is unknown; known: k1, k2, k3"):
+        grpo.kl_estimate(torch.zeros(2), torch.zeros(2), "k4")

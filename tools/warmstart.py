@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from kk.generate import iter_puzzles
 from kk.text import NAMES
 from kk.trace import worked_solution
-from megatron_dump.actor import parallel
+from megatron_dump.actor import convert, parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.batching import pad_rollouts
 from megatron_dump.config import load
@@ -128,8 +128,7 @@ def train(args: argparse.Namespace, start: str, out: pathlib.Path) -> list[dict]
                             "seconds": time.monotonic() - began})  # fmt: skip
                 print(json.dumps(log[-1]), flush=True)
             if step % 500 == 0 or step == last:
-                actor.save_hf(str(out))
-                tokenizer.save_pretrained(out)
+                convert.save_hf(actor.modules, actor.arch, grid, str(out), source=start, replace=True)
     return log
 
 
@@ -160,6 +159,8 @@ def main() -> None:
     parser.add_argument("--ffn-hidden-size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args()
+    if args.out.is_dir() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out} is not empty: give a new folder")
     with tempfile.TemporaryDirectory() as folder:
         if not args.start:
             random_model(build_tokenizer(8, 8), args, folder)

@@ -1,215 +1,233 @@
-"""Hugging Face weights <-> this rank's Megatron parameters, at any tensor × pipeline layout.
+"""Hugging Face folder <-> this rank's Megatron parameters, at any layout, one tensor at a time.
 
-One table says, for each Megatron parameter, which Hugging Face tensors it is made of, how they are joined into one
-tensor and along which dimension tensor parallelism splits it. Layouts follow megatron-core: linear_qkv holds, per
-key/value group, its query heads, its key and its value; linear_fc1 holds the gate and the up projection, each split
-over ranks on its own.
+`load_hf` reads what this rank needs of each tensor; `named_hf_weights` is the way weights leave the actor, and
+`save_hf` writes them as a folder. All are collectives; a rank that fails does not leave the others waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_dump.actor.model import Architecture
+from megatron_dump.actor.architecture import Architecture
+from megatron_dump.actor.hf_files import DERIVED, DTYPES, EMBEDDING, HEAD, HFTensors, some
+from megatron_dump.actor.hf_output import OutputFolder, ShardWriter, parse_size, shard_name
 from megatron_dump.actor.parallel import Parallel
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How one Megatron parameter is made of Hugging Face tensors."""
-
-    hf_names: tuple[str, ...]
-    dim: int | None  # dimension that tensor parallelism splits; None: every rank has the whole
-    join: Callable[[list[Tensor]], Tensor] = lambda parts: parts[0]
-    part: Callable[[Tensor], list[Tensor]] = lambda whole: [whole]
-    blocks: int = 1  # the split is done inside each of this many equal blocks along `dim`
-
-    def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        if self.dim is None or size == 1:
-            return whole
-        blocks = whole.chunk(self.blocks, self.dim)
-        return torch.cat([b.chunk(size, self.dim)[rank] for b in blocks], self.dim)
-
-    def unshard(self, shards: list[Tensor]) -> Tensor:
-        if self.dim is None or len(shards) == 1:
-            return shards[0]
-        blocks = zip(*(s.chunk(self.blocks, self.dim) for s in shards), strict=True)
-        return torch.cat([torch.cat(b, self.dim) for b in blocks], self.dim)
-
-
-class WeightMap:
-    """The rules of one architecture."""
-
-    def __init__(self, arch: Architecture) -> None:
-        self.arch = arch
-        hf = arch.hf
-        self.groups = hf.num_key_value_heads
-        self.queries = hf.num_attention_heads // self.groups  # query heads of a group
-
-    def rule(self, name: str) -> Rule:
-        """The rule of a parameter by its name in the whole model (`named_parameters` below)."""
-        vocab = Rule(("model.embed_tokens.weight",), 0, self._pad_vocab, self._cut_vocab)
-        if name == "embedding.word_embeddings.weight":
-            return vocab
-        if name == "output_layer.weight":
-            return vocab if self.arch.tied else dataclasses.replace(vocab, hf_names=("lm_head.weight",))
-        if name == "decoder.final_layernorm.weight":
-            return Rule(("model.norm.weight",), None)
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if match is None:
-            raise KeyError(f"Megatron parameter {name!r} has no Hugging Face counterpart")
-        return self._layer_rule(f"model.layers.{match[1]}.", match[2])
-
-    def _layer_rule(self, prefix: str, name: str) -> Rule:
-        def names(*suffixes: str) -> tuple[str, ...]:
-            return tuple(prefix + s for s in suffixes)
-
-        kind = name.rsplit(".", 1)[-1]
-        qkv = names(*(f"self_attn.{x}_proj.{kind}" for x in "qkv"))
-        rules = {
-            "input_layernorm.weight": Rule(names("input_layernorm.weight"), None),
-            "pre_mlp_layernorm.weight": Rule(names("post_attention_layernorm.weight"), None),
-            f"self_attention.linear_qkv.{kind}": Rule(qkv, 0, self._join_qkv, self._part_qkv),
-            "self_attention.linear_proj.weight": Rule(names("self_attn.o_proj.weight"), 1),
-            "self_attention.q_layernorm.weight": Rule(names("self_attn.q_norm.weight"), None),
-            "self_attention.k_layernorm.weight": Rule(names("self_attn.k_norm.weight"), None),
-            "mlp.linear_fc1.weight": Rule(
-                names("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0, torch.cat, lambda w: list(w.chunk(2)), blocks=2
-            ),
-            "mlp.linear_fc2.weight": Rule(names("mlp.down_proj.weight"), 1),
-        }
-        if name not in rules:
-            raise KeyError(f"Megatron parameter {name!r} of {prefix} has no Hugging Face counterpart")
-        return rules[name]
-
-    def _join_qkv(self, parts: list[Tensor]) -> Tensor:
-        per_group = [p.view(self.groups, -1, *p.shape[1:]) for p in parts]
-        return torch.cat(per_group, 1).flatten(0, 1)
-
-    def _part_qkv(self, whole: Tensor) -> list[Tensor]:
-        d = self.arch.head_dim
-        per_group = whole.view(self.groups, -1, *whole.shape[1:])
-        return [p.flatten(0, 1) for p in per_group.split([self.queries * d, d, d], 1)]
-
-    def _pad_vocab(self, parts: list[Tensor]) -> Tensor:
-        whole = parts[0]
-        missing = self.arch.padded_vocab_size - whole.size(0)
-        return torch.cat([whole, whole.new_zeros(missing, whole.size(1))]) if missing else whole
-
-    def _cut_vocab(self, whole: Tensor) -> list[Tensor]:
-        return [whole[: self.arch.vocab_size]]
-
-
-def named_parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a stage's model chunks under the names they have in the whole model."""
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-                name = f"decoder.layers.{module.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
-            yield name, parameter
-
-
-class CheckpointReader:
-    """Tensors of a Hugging Face folder by name, read from its safetensors files one at a time."""
-
-    def __init__(self, path: str) -> None:
-        self.path = pathlib.Path(path)
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.is_file():
-            self.files: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
-            with self._open(single.name) as f:
-                self.files = dict.fromkeys(f.keys(), single.name)
-        else:
-            raise FileNotFoundError(
-                f"pretrained_checkpoint.restore_from_path={path}: no model.safetensors(.index.json) there"
-            )
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise ValueError(
-                f"pretrained_checkpoint.restore_from_path={self.path}: tensor {name} is missing; give a complete model"
-            )
-        with self._open(self.files[name]) as f:
-            return f.get_tensor(name)
-
-    @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.path / name, "pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"pretrained_checkpoint.restore_from_path={self.path}: {name} cannot be read ({error}); copy it again"
-            ) from error
+from megatron_dump.actor.weight_map import Rule, WeightMap, named_parameters, with_expert
+from megatron_dump.distributed import agree, all_gather_array, fail_together
 
 
 @torch.no_grad()
 def load_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel, path: str) -> None:
-    """Fill this rank's parameters from a Hugging Face folder.
+    """Fill this rank's parameters from a Hugging Face folder. A collective of all ranks.
 
-    Raises ValueError for a missing tensor, a wrong shape or an unreadable file, naming it.
+    Raises ValueError on every rank, naming tensors and shapes, when tensors are missing, misshapen, quantised or
+    unexpected, or a file cannot be read; RuntimeError when ranks see different folders.
     """
-    reader, weights = CheckpointReader(path), WeightMap(arch)
-    for name, parameter in named_parameters(modules):
-        rule = weights.rule(name)
-        whole = rule.join([reader[n] for n in rule.hf_names])
-        shard = rule.shard(whole, parallel.tensor_rank, parallel.tensor_size)
-        if shard.shape != parameter.shape:
-            raise ValueError(
-                f"{path}: {', '.join(rule.hf_names)} give shape {tuple(shard.shape)} for this rank's {name}, "
-                f"which needs {tuple(parameter.shape)}"
-            )
-        parameter.copy_(shard)
+    what = f"pretrained_checkpoint.restore_from_path={path}"
+    with _refused_together(what, parallel):
+        source = _Source(HFTensors(path), modules, arch, parallel)
+    agree(f"{what}: its list of tensors", source.folder.digest(), device=parallel.device)
+    unexpected = source.unexpected()
+    with _refused_together(what, parallel):
+        source.check(unexpected)
+        source.fill()
+
+
+@contextlib.contextmanager
+def _refused_together(what: str, parallel: Parallel) -> Iterator[None]:
+    """`fail_together` around what depends on the user's files alone: its error is a ValueError."""
+    try:
+        with fail_together(what, device=parallel.device):
+            yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+class _Source:
+    """A folder and what this rank wants of it."""
+
+    def __init__(self, folder: HFTensors, modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel) -> None:
+        weights = WeightMap(arch)
+        self.folder, self.arch, self.parallel = folder, arch, parallel
+        self.wanted = [(parameter, weights.rule(name)) for name, parameter in named_parameters(modules)]
+
+    def unexpected(self) -> list[str]:
+        """The folder's tensors that no rank wants; the same on every rank. Collective."""
+        names = sorted(self.folder.entries)
+        own = {name for _, rule in self.wanted for name in self._names(rule)}
+        wanted = all_gather_array(np.array([n in own for n in names], np.uint8), None, self.parallel.device).any(0)
+        return [n for n, is_wanted in zip(names, wanted, strict=True) if not is_wanted and not DERIVED.fullmatch(n)]
+
+    def check(self, unexpected: list[str]) -> None:
+        """ValueError naming what does not fit; reads no tensor."""
+        missing, wrong = [], []
+        for parameter, rule in self.wanted:
+            _, size, _ = _place(rule, self.parallel)
+            for name, shape in zip(rule.hf_names, rule.hf_shapes(parameter.shape, size), strict=True):
+                entry = self.folder.entries.get(name)
+                if entry is None:
+                    missing.append(name)
+                elif entry.shape != shape:
+                    wrong.append(f"{name} has shape {list(entry.shape)}, config.json makes it {list(shape)}")
+                elif entry.dtype not in DTYPES:
+                    wrong.append(f"{name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
+        problems = list(wrong)
+        if missing:
+            problems.append(f"{len(missing)} tensors are missing: {some(missing)}")
+        if unexpected:
+            problems.append(f"{len(unexpected)} tensors are not part of the model: {some(unexpected)}")
+        if problems:
+            raise ValueError(f"{some(problems)}; give a folder whose tensors are those of its config.json")
+
+    def fill(self) -> None:
+        """Read this rank's part of every parameter, file by file."""
+        for parameter, rule in sorted(self.wanted, key=lambda item: self.folder.files_of(item[1].hf_names)):
+            names = self._names(rule)
+            self.folder.open(self.folder.files_of(names))
+            parts = [self._part(name, rule, parameter) for name in names]
+            for name, copy in zip(names[len(rule.hf_names) :], parts[len(rule.hf_names) :], strict=True):
+                if copy.dtype != parts[0].dtype or not torch.equal(copy, parts[0]):
+                    raise ValueError(
+                        f"{name} differs from {EMBEDDING}, but config.json ties them: set tie_word_embeddings to false"
+                    )
+            parameter.copy_(rule.join(parts[: len(rule.hf_names)]))
+        self.folder.open([])
+
+    def _names(self, rule: Rule) -> list[str]:
+        """What filling a parameter reads; a tied model's embedding may have a copy, which must be one."""
+        copied = self.arch.tied and rule.hf_names == (EMBEDDING,) and HEAD in self.folder.entries
+        return [*rule.hf_names, *([HEAD] if copied else [])]
+
+    def _part(self, name: str, rule: Rule, parameter: Tensor) -> Tensor:
+        """This rank's part of a Hugging Face tensor, filled up with zeros where Megatron's is longer."""
+        if rule.dim is None:
+            return self.folder.read(name)
+        rank, size, _ = _place(rule, self.parallel)
+        length = self.folder.entries[name].shape[rule.dim]
+        step = length // size if rule.length is None else parameter.size(rule.dim)
+        part = self.folder.read(name, rule.dim, min(rank * step, length), min((rank + 1) * step, length))
+        missing = step - part.size(rule.dim)
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+
+
+def _place(rule: Rule, parallel: Parallel) -> tuple[int, int, dist.ProcessGroup]:
+    """Rank, size and group among the ranks that share a parameter."""
+    if rule.expert is None:
+        return parallel.tensor_rank, parallel.tensor_size, parallel.tensor_group
+    return parallel.expert_tensor_rank, parallel.expert_tensor_size, parallel.expert_tensor_group
 
 
 @torch.no_grad()
 def named_hf_weights(
     modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
-    """This stage's weights under their Hugging Face names, gathered over tensor ranks one parameter at a time.
+    """This stage's weights under their Hugging Face names, gathered over tensor and expert ranks one at a time.
 
-    A collective of the tensor group: all of its ranks iterate, all of them receive the tensors.
+    A collective of the stage's ranks: all iterate to the end, all receive every tensor. Tensors may be the parameters
+    themselves: do not write to them. Beyond the parameters a rank holds at most two of the tensors.
     """
     weights = WeightMap(arch)
     for name, parameter in named_parameters(modules):
         if name == "output_layer.weight" and arch.tied:
             continue
         rule = weights.rule(name)
-        shards = [parameter.detach()]
-        if rule.dim is not None and parallel.tensor_size > 1:
-            shards = [torch.empty_like(parameter) for _ in range(parallel.tensor_size)]
-            dist.all_gather(shards, parameter.detach().contiguous(), group=parallel.tensor_group)
-        yield from zip(rule.hf_names, rule.part(rule.unshard(shards)), strict=True)
+        for i, part in enumerate(rule.part(parameter.detach())):
+            tensor = _gather(part, rule, parallel)
+            if rule.expert is None:
+                yield rule.hf_names[i], tensor
+                continue
+            n_local = arch.hf.num_experts // parallel.expert_size
+            for owner in range(parallel.expert_size):
+                expert = rule.expert + (owner - parallel.expert_rank) * n_local
+                yield weights.rule(with_expert(name, expert)).hf_names[i], _sent(tensor, owner, parallel)
 
 
-def save_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel, path: str) -> None:
-    """Write a Hugging Face folder (config and safetensors, one file a pipeline stage). A collective of all ranks."""
-    folder, n = pathlib.Path(path), parallel.pipeline_size
-    files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    tensors = {k: v.cpu().contiguous().clone() for k, v in named_hf_weights(modules, arch, parallel)}
-    if parallel.data_rank == 0 and parallel.tensor_rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / files[parallel.pipeline_rank], metadata={"format": "pt"})
-    stages: list[tuple[list[str], int]] = [([], 0)] * n
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    dist.all_gather_object(stages, (list(tensors), size), group=parallel.pipeline_group)
-    if parallel.rank == 0:
-        arch.hf.save_pretrained(folder)
-        if n > 1:
-            weight_map = {name: files[i] for i, (names, _) in enumerate(stages) for name in names}
-            index = {"metadata": {"total_size": sum(s for _, s in stages)}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
-    dist.barrier()
+def _gather(part: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
+    """The Hugging Face tensor of which this rank has a part."""
+    _, size, group = _place(rule, parallel)
+    if rule.dim is not None and size > 1:
+        shards = part.new_empty((size, *part.shape))
+        dist.all_gather_into_tensor(shards.flatten(0, 1), part.contiguous(), group=group)
+        part = shards.flatten(0, 1) if rule.dim == 0 else torch.cat(list(shards), rule.dim)
+    return part if rule.length is None else part[: rule.length]
+
+
+def _sent(tensor: Tensor, owner: int, parallel: Parallel) -> Tensor:
+    """The tensor of one of the ranks that hold different experts."""
+    if parallel.expert_size == 1:
+        return tensor
+    tensor = tensor.contiguous() if owner == parallel.expert_rank else torch.empty_like(tensor)
+    dist.broadcast(tensor, dist.get_global_rank(parallel.expert_group, owner), group=parallel.expert_group)
+    return tensor
+
+
+def save_hf(
+    modules: Sequence[nn.Module],
+    arch: Architecture,
+    parallel: Parallel,
+    path: str,
+    *,
+    source: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    replace: bool = False,
+) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load. A collective of all ranks.
+
+    source: the folder the policy started from. Its config.json, generation_config.json and tokenizer are copied, each
+    tensor gets its dtype there, and the saved tensors must be its tensors by name and shape. Without it: config.json is
+    written anew, with the dtype it names.
+    dtype: of every tensor instead; a policy trained in fp32 from a bf16 folder is otherwise rounded to bf16 again.
+    max_shard_size: of one file, as transformers writes it (5GB = 5 * 10**9 bytes); a rank holds one file's tensors.
+
+    Each pipeline stage's first rank writes its stage's files. The folder appears under its name when it is complete; an
+    existing one is refused, or with `replace` exchanged at the end. RuntimeError on every rank when one fails.
+    """
+    what, output = f"saving {path}", OutputFolder(path, arch, source, dtype, replace)
+    chain = dist.get_process_group_ranks(parallel.pipeline_group)  # the first rank of each stage, on those ranks
+    leads, writes = parallel.rank == 0, 0 in chain
+    try:
+        with fail_together(what, device=parallel.device):
+            stem = f"stage-{parallel.pipeline_rank:05d}"
+            writer = ShardWriter(output.folder.partial, stem, parse_size(max_shard_size))
+            if writes:
+                output.read_source()
+            if leads:
+                output.folder.prepare()
+        failure = _write(writer, output, named_hf_weights(modules, arch, parallel), writes)
+        with fail_together(what, device=parallel.device):
+            if failure is not None:
+                raise failure
+            writer.flush()
+        counts = all_gather_array(np.array([writer.n_files]), None, parallel.device)[:, 0].tolist()
+        with fail_together(what, device=parallel.device):
+            if leads:
+                stages = [(f"stage-{stage:05d}", counts[rank]) for stage, rank in enumerate(chain)]
+                output.finish([shard_name(stem, i) for stem, n in stages for i in range(n)])
+    except Exception:
+        if leads:
+            output.folder.discard()
+        raise
+
+
+def _write(
+    writer: ShardWriter, output: OutputFolder, weights: Iterator[tuple[str, Tensor]], writes: bool
+) -> Exception | None:
+    """Take part in gathering all weights and write them; what went wrong, if anything did.
+
+    A rank that cannot write goes on taking part: the others wait for it in every collective.
+    """
+    failure = None
+    for name, tensor in weights:
+        if writes and failure is None:
+            try:
+                writer.add(name, tensor, output.dtype_of(name, tensor.dtype))
+            except Exception as error:  # noqa: BLE001 - raised by the caller, on every rank
+                failure = error
+    return failure

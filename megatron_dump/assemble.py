@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dump import config as schema
 from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.checkpoint import Checkpoints
+from megatron_dump.actor.layout import check_layout, check_model, check_run, layout_of
 from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.collect import Collector
 from megatron_dump.config import Config, ConfigError, CurriculumConfig
@@ -39,8 +41,14 @@ def build_trainer(config: Config) -> GRPOTrainer:
     """
     grpo, model = config.trainer.grpo, config.model
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    replicas = parallel.check_layout(world_size, model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    layout = layout_of(model)
+    replicas = check_layout(layout, world_size)
     schema.check_world(config, world_size, replicas)
+    arch = read_architecture(
+        config.pretrained_checkpoint.restore_from_path, model.make_vocab_size_divisible_by, layout.tensor
+    )
+    check_model(arch, layout)
+    check_run(config, layout, replicas, arch.experts is not None)
     tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
     train = load_data(config, tokenizer, model.data.train_files, "model.data.train_files")
     validation = None
@@ -57,7 +65,6 @@ def build_trainer(config: Config) -> GRPOTrainer:
         train.fingerprint,
         max_steps=grpo.max_steps,
     )
-    layout = parallel.Layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
     grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
     generator, validator = make_generators(config, actor, tokenizer)
@@ -172,7 +179,7 @@ def make_generators(
     if backend.type == "recorded":
         generator = RecordedGenerator(str(backend.path), tokenizer.decode)
     if backend.record:
-        writes = grid.tensor_rank == 0 and grid.is_first_stage
+        writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
         generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)
     return generator, policy
 

@@ -81,7 +81,7 @@ class Collector:
         requests = self.requests(draw, self.updates if draw.train and not is_refill else 1)
         prompts = {r.group_id: r.prompt for r in requests}
         with watch("gen"):
-            completions = self.generator.generate(draw.step, requests) if requests else []
+            completions = self.generator.generate(draw.step, requests)  # a collective, requests or not
         with watch("reward"):
             scores = self.scorer.score("reward", completions, prompts)
         with watch("adv"):

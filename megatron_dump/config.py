@@ -136,6 +136,20 @@ class ModelConfig:
     global_batch_size: int = 128
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float | None = None
+    moe_router_dtype: str | None = None
     make_vocab_size_divisible_by: int = 128
     seed: int = 1234
     grpo: ModelGRPOConfig = dataclasses.field(default_factory=ModelGRPOConfig)
@@ -190,7 +204,10 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "trainer.num_nodes trainer.devices trainer.collective_timeout_s trainer.grpo.max_steps "
     "trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
     "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend trainer.grpo.curriculum "
-    "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.micro_batch_size "
+    "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.virtual_pipeline_model_parallel_size "
+    "model.context_parallel_size model.expert_model_parallel_size model.expert_tensor_parallel_size "
+    "model.sequence_parallel model.transformer_impl model.recompute_granularity model.recompute_method "
+    "model.recompute_num_layers model.overlap_grad_reduce model.micro_batch_size "
     "model.make_vocab_size_divisible_by "
     "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
     "model.data.validation_files model.data.max_prompt_length model.data.reward_workers exp_manager"
@@ -252,6 +269,11 @@ def validate(config: Config) -> None:
         "model.global_batch_size": model.global_batch_size,
         "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
         "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "model.context_parallel_size": model.context_parallel_size,
+        "model.expert_model_parallel_size": model.expert_model_parallel_size,
+        "model.expert_tensor_parallel_size": model.expert_tensor_parallel_size,
+        "model.recompute_num_layers": model.recompute_num_layers,
         "model.grpo.length_params.max_length": model.grpo.length_params.max_length,
         "model.grpo.sampling_params.temperature": model.grpo.sampling_params.temperature,
         "model.grpo.sampling_params.top_p": model.grpo.sampling_params.top_p,
@@ -260,7 +282,7 @@ def validate(config: Config) -> None:
         "trainer.collective_timeout_s": config.trainer.collective_timeout_s,
     }
     for key, value in positive.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0")
     _check_ranges(config)
     _check_loss(config)
@@ -274,9 +296,14 @@ def validate(config: Config) -> None:
         ("trainer.grpo.advantage_estimator", grpo.advantage_estimator, ADVANTAGE_ESTIMATORS),
         ("trainer.grpo.kl_penalty_type", grpo.kl_penalty_type, KL_PENALTY_TYPES),
         ("trainer.grpo.curriculum.resume_changed", grpo.curriculum.resume_changed, ("refuse", "allow")),
+        ("model.transformer_impl", model.transformer_impl, ("auto", "local", "transformer_engine")),
+        ("model.recompute_granularity", model.recompute_granularity or "null", ("null", "full", "selective")),
+        ("model.recompute_method", model.recompute_method or "null", ("null", "uniform", "block")),
+        ("model.moe_router_dtype", model.moe_router_dtype or "null", ("null", "fp32", "fp64")),
     ):
         if value not in known:
             raise ConfigError(f"{key}={value}: known are {', '.join(known)}")
+    _check_recompute(model)
     if config.trainer.precision not in ("32", "bf16"):
         raise ConfigError(f"trainer.precision={config.trainer.precision}: must be 32 or bf16")
     if grpo.inference_backend.type not in ("megatron", "recorded"):
@@ -294,6 +321,21 @@ def validate(config: Config) -> None:
     _check_batches(config)
 
 
+def _check_recompute(model: ModelConfig) -> None:
+    granularity = model.recompute_granularity
+    for key, value in (("method", model.recompute_method), ("num_layers", model.recompute_num_layers)):
+        if granularity == "full" and value is None:
+            raise ConfigError(
+                f"model.recompute_granularity=full needs model.recompute_{key}: uniform with recompute_num_layers=1 "
+                "keeps the least, block recomputes that many layers of a stage and keeps the others"
+            )
+        if granularity != "full" and value is not None:
+            raise ConfigError(
+                f"model.recompute_{key}={value} belongs to model.recompute_granularity=full, which is "
+                f"{granularity or 'null'}: set it to full, or recompute_{key} to null"
+            )
+
+
 def _check_ranges(config: Config) -> None:
     grpo, model, optim = config.trainer.grpo, config.model, config.model.optim
     not_negative = {
@@ -303,6 +345,8 @@ def _check_ranges(config: Config) -> None:
         "trainer.grpo.gradient_clip_val": grpo.gradient_clip_val,
         "trainer.grpo.val_check_interval": grpo.val_check_interval,
         "trainer.grpo.save_interval": grpo.save_interval,
+        "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "model.moe_z_loss_coeff": model.moe_z_loss_coeff or 0.0,
         "model.optim.lr": optim.lr,
         "model.optim.sched.warmup_steps": optim.sched.warmup_steps,
     }

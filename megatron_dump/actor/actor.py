@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dump import grpo
-from megatron_dump.actor import convert
-from megatron_dump.actor.batching import MicroBatch, micro_batches, pad_rollouts
+from megatron_dump.actor import batching, context, convert
+from megatron_dump.actor.architecture import read_architecture
+from megatron_dump.actor.batching import MicroBatch
+from megatron_dump.actor.forward import LossOf, run_schedule
 from megatron_dump.actor.logprobs import vocab_parallel_logprobs
 from megatron_dump.actor.loss_options import loss_options
-from megatron_dump.actor.model import build_model, read_architecture, transformer_config
+from megatron_dump.actor.model import build_model, transformer_config
+from megatron_dump.actor.optimizer import build_optimizer, data_parallel
 from megatron_dump.actor.parallel import Parallel
+from megatron_dump.actor.reference import ReferenceWeights
 from megatron_dump.config import Config
 from megatron_dump.types import Completion, TrainBatch
 
@@ -34,29 +31,26 @@ from megatron_dump.types import Completion, TrainBatch
 class MegatronGPTGRPOActor:
     """The trained policy and, kept on CPU, its frozen reference.
 
-    Every method is a collective: all ranks call it with their data-parallel share, ranks of one model replica with the
-    same arguments.
+    Every method is a collective: all ranks call it with their data-parallel share, the ranks of one replica (tensor,
+    pipeline and context parallel) with the same arguments.
     """
 
     def __init__(self, config: Config, parallel: Parallel) -> None:
         model, trainer = config.model, config.trainer
-        self.parallel = parallel
+        self.parallel, self.options = parallel, model
         self.micro_batch_size = model.micro_batch_size
         self.forward_micro_batch_size = model.grpo.forward_micro_batch_size or model.micro_batch_size
         self.temperature = model.grpo.sampling_params.temperature
         self.loss = loss_options(config)
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
-        self.transformer_config = transformer_config(self.arch, parallel, trainer.precision)
-        self.modules = [build_model(self.arch, self.transformer_config, parallel)]  # the chunks of this stage
+        self.transformer_config = transformer_config(self.arch, parallel, trainer.precision, model)
+        chunks = range(parallel.layout.virtual_pipeline or 1)
+        self.modules = [build_model(self.arch, self.transformer_config, parallel, chunk=chunk) for chunk in chunks]
         convert.load_hf(self.modules, self.arch, parallel, path)
-        self.reference = self._cpu_weights() if trainer.grpo.initial_policy_kl_penalty > 0 else None
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.models = [DistributedDataParallel(self.transformer_config, ddp, module) for module in self.modules]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.models)
-        self.scheduler = _scheduler(config, self.optimizer)
-        self.transformer_config.finalize_model_grads_func = finalize_model_grads
-        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
+        self.reference = ReferenceWeights(self.modules) if trainer.grpo.initial_policy_kl_penalty > 0 else None
+        self.models = data_parallel(self.modules, self.transformer_config, model)
+        self.optimizer, self.scheduler = build_optimizer(config, self.models)
         self.version = 0  # optimizer steps taken: the policy_version of what is generated now
 
     @property
@@ -78,9 +72,11 @@ class MegatronGPTGRPOActor:
 
         The batch is filled up to at least `n_rows` rows, and to whole micro-batches.
         """
-        unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size)
+        layout = self.parallel.layout
+        unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size) * layout.micro_batch_unit
         rows = -(-max(len(completions), n_rows or 1) // unit) * unit
-        return pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows)
+        pad_to = math.lcm(batching.PAD_TO, layout.length_unit)
+        return batching.pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows, pad_to)
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on this rank's share of a global mini-batch; metrics equal on all ranks.
@@ -132,7 +128,9 @@ class MegatronGPTGRPOActor:
         """
         for model in self.models:
             model.eval()
-        with self._reference_weights() if reference else contextlib.nullcontext():
+        if reference and self.reference is None:
+            raise ValueError("trainer.grpo.initial_policy_kl_penalty=0: no reference policy is kept")
+        with self.reference.loaded() if reference and self.reference else contextlib.nullcontext():
             outputs = self._run(
                 batch, self.forward_micro_batch_size,
                 lambda logits, micro: (logits.new_zeros(()),
@@ -152,40 +150,30 @@ class MegatronGPTGRPOActor:
         convert.save_hf(self.modules, self.arch, self.parallel, path)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each token given those before it, and the entropy there: [B, T], column 0 is 0."""
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits[:, :-1], tokens[:, 1:], self.parallel.tensor_group, self.parallel.tensor_rank,
+        """Log-probability of each token given those before it, and the entropy there: [B, T], column 0 is 0.
+
+        logits [B, T / context-parallel size, V / tensor-parallel size] of this rank's positions.
+        """
+        place, length = self.parallel, tokens.size(1)
+        held = context.positions(length, place.context_group, tokens.device)
+        both = vocab_parallel_logprobs(
+            logits, tokens.roll(-1, 1)[:, held], place.tensor_group, place.tensor_rank,
             self.arch.vocab_size, self.temperature,
         )  # fmt: skip
-        first = logprobs.new_zeros(len(tokens), 1)
-        return torch.cat([first, logprobs], 1), torch.cat([first, entropy], 1)
+        # The last position has no next token.
+        rows = (F.pad(context.spread(values, length, place.context_group)[:, :-1], (1, 0)) for values in both)
+        logprobs, entropy = rows
+        return logprobs, entropy
 
     def _run(
-        self,
-        batch: TrainBatch,
-        micro_batch_size: int,
-        loss_of: Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Any]]],
-        forward_only: bool,
+        self, batch: TrainBatch, micro_batch_size: int, loss_of: LossOf, forward_only: bool
     ) -> list[dict[str, Any]]:
-        """All micro-batches through the pipeline schedule; what `loss_of` reported of each, on the last stage."""
-        micros = micro_batches(batch, micro_batch_size, self.parallel.device)
-
-        def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-            micro = next(data)
-            positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
-            logits = model(input_ids=micro.tokens, position_ids=positions, attention_mask=None)
-            return logits, lambda output: loss_of(output, micro)
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micros),
-            model=self.models[0],
-            num_microbatches=len(micros),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=micro_batch_size,
-            decoder_seq_length=batch.tokens.shape[1],
-            forward_only=forward_only,
-        )
+        """All micro-batches of a batch through the schedule; what `loss_of` reported of each, on the last stage."""
+        layout = self.parallel.layout
+        # The interleaved schedule wants one length.
+        pad_to = batch.tokens.shape[1] if layout.virtual_pipeline else math.lcm(batching.PAD_TO, layout.length_unit)
+        micros = batching.micro_batches(batch, micro_batch_size, self.parallel.device, pad_to)
+        return run_schedule(self.models, self.parallel, micros, loss_of, forward_only)
 
     def _reduce(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and data-parallel ranks (a maximum for `*_max`), known to every rank."""
@@ -201,65 +189,5 @@ class MegatronGPTGRPOActor:
         dist.broadcast(packed, self.parallel.last_stage_rank, group=self.parallel.pipeline_group)
         return dict(zip((*names, "rollout/logprob_diff_max"), packed.tolist(), strict=True))
 
-    def _cpu_weights(self) -> list[Tensor]:
-        return [p.detach().to("cpu", copy=True) for module in self.modules for p in module.parameters()]
-
-    @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """The model holds the reference's weights inside the block."""
-        if self.reference is None:
-            raise ValueError("trainer.grpo.initial_policy_kl_penalty=0: no reference policy is kept")
-        # Parameters are views of the distributed optimizer's buffer: their contents are swapped, not their storage.
-        policy = self._cpu_weights()
-        self._fill(self.reference)
-        try:
-            yield
-        finally:
-            self._fill(policy)
-
-    @torch.no_grad()
-    def _fill(self, weights: list[Tensor]) -> None:
-        parameters = [p for module in self.modules for p in module.parameters()]
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
-
 
 _METRICS = ("actor/entropy", "actor/logprobs", "rollout/logprob_diff_mean")
-
-
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    optim, bf16 = config.model.optim, config.trainer.precision == "bf16"
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        min_lr=optim.sched.min_lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        clip_grad=config.trainer.grpo.gradient_clip_val,
-        use_distributed_optimizer=True,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
-
-
-def _scheduler(config: Config, optimizer: object) -> OptimizerParamScheduler:
-    optim, grpo_config = config.model.optim, config.trainer.grpo
-    updates = grpo_config.num_prompts_per_grpo_step * grpo_config.samples_per_prompt // config.model.global_batch_size
-    steps = grpo_config.max_steps * updates
-    return OptimizerParamScheduler(
-        optimizer,
-        # Warm-up begins above zero so that the first update is not lost.
-        init_lr=optim.lr / (optim.sched.warmup_steps + 1) if optim.sched.warmup_steps else optim.lr,
-        max_lr=optim.lr,
-        min_lr=optim.sched.min_lr,
-        lr_warmup_steps=optim.sched.warmup_steps,
-        lr_decay_steps=max(steps, optim.sched.warmup_steps + 1),
-        lr_decay_style=optim.sched.name,
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a longer max_steps stretches the schedule of a resumed run
-    )

@@ -1,7 +1,7 @@
-"""Core attention by torch's scaled_dot_product_attention, with the key/value cache that generation needs.
+"""Core attention by torch's scaled_dot_product_attention: key/value cache for generation, context parallelism.
 
-megatron-core's local attention materialises the scores and has no cache of rotated keys; torch's kernel is fused on CPU
-and GPU and takes grouped queries as they are.
+megatron-core's local attention materialises the scores, has no cache of rotated keys and takes no context parallelism;
+torch's kernel is fused on CPU and GPU and takes grouped queries as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megatron_dump.actor import context
 
 
 class KVCache:
@@ -66,7 +70,11 @@ class KVCache:
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention [S, B, heads, dim] -> [S, B, heads × dim]; with `cache` set, over the cached positions too."""
+    """Causal attention [S, B, heads, dim] -> [S, B, heads × dim]; with `cache` set, over the cached positions too.
+
+    With context parallelism S are this rank's positions (context.py); it gathers the keys and values of all others, as
+    Llama 3's does (2407.21783, section 3.3.2), and reduces their gradients back.
+    """
 
     def __init__(
         self,
@@ -76,11 +84,11 @@ class SDPACoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("model.context_parallel_size > 1 needs Transformer Engine's attention; set it to 1")
+        self.context_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
         self.layer_number = layer_number
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.cache: KVCache | None = None
@@ -97,15 +105,33 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("packed sequences and attention bias need Transformer Engine's attention")
+        if self.context_group.size() > 1:
+            both = context.gather(torch.cat([key, value], -1), self.context_group)
+            key, value = both.chunk(2, -1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None
-        if self.cache is not None:
+        if self.context_group.size() > 1:
+            out = self._attend_to_whole(q, k, v)
+        elif self.cache is not None:
             mask = self.cache.mask(q.size(2))
-            k, v = self.cache.append(self.layer_number, k, v)
-        out = F.scaled_dot_product_attention(
+            out = self._attend(q, *self.cache.append(self.layer_number, k, v), mask)
+        else:
+            out = self._attend(q, k, v)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
         )
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _attend_to_whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """This rank's queries against the keys of the whole sequence: each of its two chunks as far as it may look."""
+        positions = context.positions(k.size(2), self.context_group, q.device)
+        outputs = []
+        for queries, places in zip(q.chunk(2, 2), positions.chunk(2), strict=True):
+            end = int(places[-1]) + 1
+            mask = torch.arange(end, device=q.device) <= places[:, None]
+            outputs.append(self._attend(queries, k[:, :, :end], v[:, :, :end], mask))
+        return torch.cat(outputs, 2)
 
 
 class OffsetRotaryEmbedding(torch.nn.Module):

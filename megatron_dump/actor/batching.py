@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dump.types import Completion, TrainBatch
 
-_PAD_TO = 8  # sequence lengths are rounded up to a multiple: fewer distinct shapes
+PAD_TO = 8  # sequence lengths are rounded up to a multiple: fewer distinct shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,16 @@ def pad_rollouts(
     global_tokens: float,
     weights: np.ndarray | None = None,
     n_rows: int | None = None,
+    pad_to: int = PAD_TO,
 ) -> TrainBatch:
     """A TrainBatch: row i is prompts[i] followed by completions[i], zeros behind (never attended to).
 
-    Rows of weight 0, and those that fill the batch up to `n_rows`, have an empty mask: they count nowhere.
+    Its length is a multiple of `pad_to`. Rows of weight 0, and those that fill the batch up to `n_rows`, have an empty
+    mask: they count nowhere.
     """
     n = len(completions) if n_rows is None else n_rows
     lengths = [len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)]
-    shape = (n, _round_up(max(lengths, default=1)))
+    shape = (n, _round_up(max(lengths, default=1), pad_to))
     tokens, mask, logprobs = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     counts = np.ones(len(completions), bool) if weights is None else weights != 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -62,8 +64,10 @@ def _filled(values: np.ndarray, n: int) -> np.ndarray:
     return np.pad(values, (0, n - len(values))).astype(np.float32)
 
 
-def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[MicroBatch]:
+def micro_batches(batch: TrainBatch, size: int, device: torch.device, pad_to: int = PAD_TO) -> list[MicroBatch]:
     """Cut a batch into micro-batches of `size` rows of similar length, each as long as its longest row needs.
+
+    Their lengths are multiples of `pad_to`.
 
     Raises ValueError when `size` does not divide the batch.
     """
@@ -75,7 +79,7 @@ def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[Mi
     order = np.argsort(used, kind="stable")
 
     def cut(rows: np.ndarray) -> MicroBatch:
-        length = min(width, _round_up(int(used[rows].max())))
+        length = min(width, _round_up(int(used[rows].max()), pad_to))
 
         def take(array: np.ndarray | None) -> Tensor | None:
             return None if array is None else torch.from_numpy(array[rows, :length]).to(device)
@@ -94,5 +98,5 @@ def micro_batches(batch: TrainBatch, size: int, device: torch.device) -> list[Mi
     return [cut(order[i : i + size]) for i in range(0, n, size)]
 
 
-def _round_up(length: int) -> int:
-    return -(-length // _PAD_TO) * _PAD_TO
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -72,7 +72,8 @@ def incremental_forward(
     if parallel.is_last_stage:  # only the last token's logits are needed: no [B, T, V] in the prefill
         hook = module.output_layer.register_forward_pre_hook(lambda _, args: (args[0][-1:], *args[1:]))
     try:
-        yield IncrementalForward(module, parallel, cache, vocab_size)
+        with _whole_sequences(module):
+            yield IncrementalForward(module, parallel, cache, vocab_size)
     finally:
         if hook is not None:
             hook.remove()
@@ -81,3 +82,21 @@ def incremental_forward(
         module.rotary_pos_emb.offset = 0
         module.set_input_tensor(None)
         module.train(training)
+
+
+@contextlib.contextmanager
+def _whole_sequences(module: nn.Module) -> Iterator[None]:
+    """Sequence parallelism is off inside the block: a step of one token cannot be split over tensor ranks."""
+    if not module.config.sequence_parallel:
+        yield
+        return
+    flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = [module.config, *module.modules()]
+    on = [(owner, flag) for owner in owners for flag in flags if getattr(owner, flag, False)]
+    try:
+        for owner, flag in on:
+            setattr(owner, flag, False)
+        yield
+    finally:
+        for owner, flag in on:
+            setattr(owner, flag, True)

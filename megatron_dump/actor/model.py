@@ -1,86 +1,38 @@
-"""A Megatron GPTModel from a Hugging Face configuration: Qwen2/2.5, Qwen3, Llama 3."""
+"""A Megatron GPTModel of an architecture, in a layout."""
 
 from __future__ import annotations
 
-import dataclasses
-import pathlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoConfig, PretrainedConfig
 
+from megatron_dump.actor.architecture import Architecture
 from megatron_dump.actor.attention import OffsetRotaryEmbedding, SDPACoreAttention
+from megatron_dump.actor.layout import check_model
 from megatron_dump.actor.parallel import Parallel
+from megatron_dump.actor.spec import block_spec, transformer_engine_runs
+from megatron_dump.config import ModelConfig
 
-_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What of a Hugging Face configuration decides the shape of the Megatron model."""
-
-    hf: PretrainedConfig
-    vocab_size: int  # of the checkpoint
-    padded_vocab_size: int  # a multiple of make_vocab_size_divisible_by × tensor-parallel size
-    tied: bool
-    head_dim: int
-    rotary_base: float
-    qkv_bias: bool
-    qk_layernorm: bool
-
-
-def read_architecture(path: str, divisible_by: int, tensor_size: int) -> Architecture:
-    """Read PATH/config.json. FileNotFoundError or ValueError with one clear line when it cannot be used."""
-    if not (pathlib.Path(path) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"pretrained_checkpoint.restore_from_path={path}: no config.json there; give a Hugging Face model folder"
-        )
-    try:
-        hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"pretrained_checkpoint.restore_from_path={path}: config.json: {reason}") from error
-    if hf.model_type not in _MODEL_TYPES:
+def transformer_config(
+    arch: Architecture, parallel: Parallel, precision: str, options: ModelConfig | None = None
+) -> TransformerConfig:
+    """Megatron's configuration of the model; `precision` is "32" or "bf16", `options` are `model:` of the YAML."""
+    hf, dtype, layout, options = arch.hf, _DTYPES[precision], parallel.layout, options or ModelConfig()
+    check_model(arch, layout)
+    fused = options.transformer_impl != "local" and transformer_engine_runs()
+    if options.transformer_impl == "transformer_engine" and not fused:
         raise ValueError(
-            f"pretrained_checkpoint.restore_from_path={path}: model_type {hf.model_type!r} is not supported; "
-            f"supported: {', '.join(_MODEL_TYPES)}"
+            "model.transformer_impl=transformer_engine: it needs the package transformer_engine and a GPU; install it, "
+            "or set auto or local"
         )
-    rope: dict[str, Any] = getattr(hf, "rope_parameters", None) or {"rope_theta": getattr(hf, "rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
-        raise ValueError(f"{path}/config.json: rope_type {rope['rope_type']!r} is not supported; default or llama3 is")
-    for name, size in (("attention heads", hf.num_attention_heads), ("key/value heads", hf.num_key_value_heads)):
-        if size % tensor_size:
-            raise ValueError(
-                f"model.tensor_model_parallel_size={tensor_size} does not divide the {size} {name} of {path}: lower it"
-            )
-    unit = divisible_by * tensor_size
-    return Architecture(
-        hf=hf,
-        vocab_size=hf.vocab_size,
-        padded_vocab_size=-(-hf.vocab_size // unit) * unit,
-        tied=bool(hf.tie_word_embeddings),
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        rotary_base=float(rope["rope_theta"]),
-        qkv_bias=hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
-        qk_layernorm=hf.model_type == "qwen3",
-    )
-
-
-def transformer_config(arch: Architecture, parallel: Parallel, precision: str) -> TransformerConfig:
-    """Megatron's configuration of the model; `precision` is "32" or "bf16"."""
-    hf, dtype = arch.hf, _DTYPES[precision]
-    if hf.num_hidden_layers % parallel.pipeline_size:
-        raise ValueError(
-            f"model.pipeline_model_parallel_size={parallel.pipeline_size} does not divide the model's "
-            f"{hf.num_hidden_layers} layers: choose a divisor"
-        )
+    interleaved = layout.virtual_pipeline is not None
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -97,43 +49,83 @@ def transformer_config(arch: Architecture, parallel: Parallel, precision: str) -
         qk_layernorm=arch.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_size,
-        pipeline_model_parallel_size=parallel.pipeline_size,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence,
         pipeline_dtype=dtype,
-        variable_seq_lengths=parallel.pipeline_size > 1,  # micro-batches are as long as their rows need
-        moe_token_dispatcher_type="alltoall",  # the only one that goes with variable lengths; dense models have none
+        # Micro-batches are as long as their rows need; the interleaved schedule wants them all alike.
+        variable_seq_lengths=layout.pipeline > 1 and not interleaved,
+        # The interleaved schedule on two stages sends to and receives from the same rank: batched, they get mixed up.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,  # needs no CUDA random state; the weights come from the checkpoint
-        # Fused kernels are Transformer Engine's and Apex's; the local spec has none.
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        transformer_impl="transformer_engine" if fused else "local",
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        gradient_accumulation_fusion=False,  # Apex's kernel
+        masked_softmax_fusion=False,  # torch's attention has no use for it
         persist_layer_norm=False,
+        **_expert_options(arch, options, fused),
     )
 
 
-def layer_spec(arch: Architecture) -> ModuleSpec:
-    """megatron-core's local layer with torch's fused attention as its core attention."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_layernorm)
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    return spec
+def _expert_options(arch: Architecture, options: ModelConfig, fused: bool) -> dict[str, Any]:
+    # The other dispatcher wants as many tokens on every rank; micro-batches are as long as their rows.
+    dispatcher, experts = {"moe_token_dispatcher_type": "alltoall"}, arch.experts
+    if experts is None:
+        return dispatcher
+    return dispatcher | {
+        "num_moe_experts": experts.number,
+        "moe_ffn_hidden_size": experts.intermediate_size,
+        "moe_layer_freq": [int(sparse) for sparse in experts.sparse],
+        "moe_shared_expert_intermediate_size": experts.shared_intermediate_size,
+        "moe_shared_expert_gate": experts.shared_intermediate_size is not None,
+        "moe_router_topk": experts.per_token,
+        # Softmax over the chosen logits is softmax over all of them, normalised over the chosen.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": options.moe_router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if options.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": options.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": options.moe_z_loss_coeff,
+        "moe_grouped_gemm": fused,
+    }
+
+
+def chunk_layers(config: TransformerConfig, parallel: Parallel, chunk: int = 0) -> range:
+    """The layers (from 0) of a model chunk of this pipeline stage: chunks go round the stages in turn."""
+    n = config.num_layers // (parallel.pipeline_size * (parallel.layout.virtual_pipeline or 1))
+    first = (chunk * parallel.pipeline_size + parallel.pipeline_rank) * n
+    return range(first, first + n)
 
 
 def build_model(
-    arch: Architecture, config: TransformerConfig, parallel: Parallel, groups: ProcessGroupCollection | None = None
+    arch: Architecture,
+    config: TransformerConfig,
+    parallel: Parallel,
+    groups: ProcessGroupCollection | None = None,
+    chunk: int = 0,
 ) -> GPTModel:
-    """This pipeline stage's part of the model, weights not yet loaded; `groups`: others than megatron-core's own."""
+    """One model chunk of this pipeline stage, weights not yet loaded; `groups`: others than megatron-core's own."""
     rope = getattr(arch.hf, "rope_parameters", None) or {}
+    layers, interleaved = chunk_layers(config, parallel, chunk), parallel.layout.virtual_pipeline is not None
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(arch),
+        transformer_layer_spec=block_spec(config, layers),  # pyright: ignore[reportArgumentType]
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.hf.max_position_embeddings,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
+        pre_process=layers.start == 0,
+        post_process=layers.stop == config.num_layers,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
@@ -141,6 +133,7 @@ def build_model(
         rope_scaling=rope.get("rope_type") == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
         pg_collection=groups,
+        vp_stage=chunk if interleaved else None,
     )
     model.rotary_pos_emb = OffsetRotaryEmbedding(model.rotary_pos_emb)
     return model.to(device=parallel.device, dtype=config.params_dtype)

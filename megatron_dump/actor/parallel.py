@@ -6,38 +6,14 @@ import dataclasses
 import datetime
 import os
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dump.actor import platform
-
-
-def check_layout(world_size: int, tensor: int, pipeline: int) -> int:
-    """The data-parallel size of a layout; ValueError with the sum when it does not work out."""
-    model_ranks = tensor * pipeline
-    if world_size % model_ranks:
-        lower, upper = world_size // model_ranks * model_ranks, -(-world_size // model_ranks) * model_ranks
-        fits = " or ".join(str(n) for n in (lower, upper) if n)
-        raise ValueError(
-            f"model.tensor_model_parallel_size={tensor} × model.pipeline_model_parallel_size={pipeline} = "
-            f"{model_ranks} ranks a replica, which does not divide the world size {world_size}: start {fits} ranks "
-            f"(trainer.num_nodes × trainer.devices, torchrun --nproc-per-node) or change the layout"
-        )
-    return world_size // model_ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one replica of the model is split, in Megatron's terms."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int | None = None  # model chunks on each pipeline stage (interleaved schedule)
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int = 1  # ranks that share one expert
-    sequence: bool = False  # activations between tensor-parallel regions are split along the sequence
+from megatron_dump.actor.layout import Layout, check_layout
+from megatron_dump.distributed import all_gather_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +21,6 @@ class Parallel:
     """This process's place in the grid and the groups it talks in."""
 
     layout: Layout
-
     device: torch.device
     rank: int
     world_size: int
@@ -55,8 +30,11 @@ class Parallel:
     pipeline_rank: int
     pipeline_size: int
     pipeline_group: dist.ProcessGroup
-    replica_group: dist.ProcessGroup  # the tensor × pipeline ranks that hold one copy of the model
-    data_rank: int
+    context_rank: int
+    context_size: int
+    context_group: dist.ProcessGroup  # the ranks that share the tokens of a sequence
+    replica_group: dist.ProcessGroup  # the tensor × context × pipeline ranks that work on the same rollouts
+    data_rank: int  # which replica
     data_size: int
     data_group: dist.ProcessGroup
     expert_rank: int
@@ -91,14 +69,15 @@ class Parallel:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_rank + 1)
 
 
-def initialize(layout: Layout = Layout(), seed: int = 1234, timeout_s: float = 600.0) -> Parallel:
+def initialize(layout: Layout | None = None, seed: int = 1234, timeout_s: float = 600.0) -> Parallel:
     """Join torch.distributed (torchrun's environment, or a single process) and build the groups.
 
     A collective that waits longer than `timeout_s` fails on every rank instead of hanging.
     Raises ValueError when the layout does not divide the world size.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(world_size, layout.tensor, layout.pipeline)
+    layout = layout or Layout()
+    check_layout(layout, world_size)
     place = platform.enable(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if world_size == 1:
@@ -121,6 +100,17 @@ def initialize(layout: Layout = Layout(), seed: int = 1234, timeout_s: float = 6
     return current(place.device, layout)
 
 
+def _replica_group(layout: Layout, device: torch.device) -> dist.ProcessGroup:
+    """This rank's replica; megatron-core has a group for tensor × pipeline ranks only. A collective of all ranks."""
+    if layout.context == 1:
+        return parallel_state.get_model_parallel_group()
+    replicas = all_gather_array(np.array(parallel_state.get_data_parallel_rank()), None, device)  # [world]
+    members = [np.flatnonzero(replicas == replica).tolist() for replica in np.unique(replicas)]
+    group, _ = dist.new_subgroups_by_enumeration(members)
+    assert group is not None  # every rank is in a replica
+    return group
+
+
 def current(device: torch.device, layout: Layout) -> Parallel:
     """The grid that megatron-core holds for this process."""
     return Parallel(
@@ -134,7 +124,10 @@ def current(device: torch.device, layout: Layout) -> Parallel:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        replica_group=parallel_state.get_model_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_group=parallel_state.get_context_parallel_group(),
+        replica_group=_replica_group(layout, device),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_dump.actor.adam import GroupStepAdam
+
 CPU = torch.device("cpu")
 _FACTORIES = [
     "tensor",
@@ -69,6 +71,8 @@ def enable(local_rank: int = 0) -> Platform:
         torch.cuda.set_device(local_rank)
         if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
             _adam()  # without a fused Adam, CUDA has the same trouble as the CPU
+        if not importlib.util.find_spec("transformer_engine"):
+            _router()
         return Platform(torch.device("cuda", local_rank), "nccl")
     if not getattr(torch, "_megatron_dump_cpu", False):
         for patch in PATCHES:
@@ -92,7 +96,10 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    wait_stream = wait_event = synchronize = record_event = _nothing
+    wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
 
 
 class _Event:
@@ -168,6 +175,10 @@ def _streams() -> None:
     _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
+def _compilation() -> None:
+    torch.compiler.set_stance("force_eager")
+
+
 def _adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
@@ -179,50 +190,20 @@ def _adam() -> None:
     _replace(distributed, "USING_APEX_OPTIMIZER", True)
 
 
-class GroupStepAdam(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, 1711.05101) whose step count lives in the parameter group, as in FusedAdam.
+def _router() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
 
-    megatron-core's distributed optimizer saves and restores `step` per group; torch's Adam keeps it per parameter.
-    """
+    if not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-    ) -> None:
-        if not adam_w_mode:
-            raise ValueError("model.optim: the CPU optimizer is AdamW; set decoupled_weight_decay=true")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+def _all_to_all_splits() -> None:
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    def _update(self, group: dict, params: list[torch.Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        grads = [p.grad for p in params]
-        mean = [self.state[p]["exp_avg"] for p in params]
-        square = [self.state[p]["exp_avg_sq"] for p in params]
-        (beta1, beta2), step, lr = group["betas"], group["step"], group["lr"]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(mean, grads, 1 - beta1)
-        torch._foreach_mul_(square, beta2)
-        torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(square)
-        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, mean, denominator, -lr / (1 - beta1**step))
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(dispatcher, "maybe_move_tensor_to_cpu", on_cpu)
 
 
 PATCHES = (
@@ -238,6 +219,12 @@ PATCHES = (
           "they compare dtypes", _type_names),
     Patch("torch.cuda streams", "pipelines and gradient buckets synchronise CUDA streams",
           "they skip it without CUDA", _streams),
+    Patch("torch.compile", "it fuses a few of the router's operations, which needs a C++ compiler and fails on torch "
+          "functions that are replaced", "megatron-core can be told not to compile", _compilation),
     Patch("megatron.core.optimizer.Adam", "restoring the distributed optimizer from torch's Adam is broken upstream",
           "upstream restores torch.optim.AdamW", _adam),
+    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router looks for a name that only "
+          "Transformer Engine's import defines", "the name is None without it", _router),
+    Patch("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", "all-to-all split sizes become "
+          "numpy arrays only when they come from CUDA", "it converts CPU tensors too", _all_to_all_splits),
 )  # fmt: skip

@@ -17,7 +17,18 @@ from megatron_dump.types import Prompt
 from tests.distributed.launch import run_ranks
 from tests.distributed.tiny import STOP, VOCABULARY, make_actor, share_of, write_model
 
-LAYOUTS = {"TP2": (2, 1, 2), "PP2": (1, 2, 2), "TP2xPP2": (2, 2, 4)}
+TP2, PP2, CP2, EP2 = (
+    {f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
+)
+SP, VPP2 = {"sequence_parallel": True}, {**PP2, "virtual_pipeline_model_parallel_size": 2}
+SPLIT = {"TP2": (2, TP2), "PP2": (2, PP2), "TP2xPP2": (4, {**TP2, **PP2}), "TP2xSPxPP2": (4, {**TP2, **SP, **PP2})}
+WHOLE = {**SPLIT, "PP2xVPP2": (2, VPP2), "CP2": (2, CP2), "TP2xSPxCP2": (4, {**TP2, **SP, **CP2})}
+EXPERTS = {
+    "EP2": (2, EP2),
+    "EP2xPP2xVPP2": (4, {**EP2, **VPP2}),
+    "split experts": (2, {**TP2, **SP}),
+    "EP2xTP2xSPxCP2": (4, {**EP2, **TP2, **SP, **CP2, "expert_tensor_parallel_size": 1}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +43,9 @@ def _requests(n_prompts: int = 5, n: int = 3) -> list[Request]:
     return [Request(g, Prompt(g, "s", p, ""), n) for g, p in enumerate(prompts)]
 
 
-def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=64, reshard=False, **options):
-    actor = make_actor(path, tensor, pipeline)
+def _generate(path, keys, requests, check_logprobs=False, max_rows=64, reshard=False, **options):
+    """Completions under a layout (`keys` of `model:`), and how far the trainer's log-probabilities are from theirs."""
+    actor = make_actor(path, model=keys)
     settings = SamplingOptions(**{"max_length": 20, "stop_ids": (STOP, 7), "temperature": 0.7, **options})
     common = (settings, 3, max_rows, lambda ids: " ".join(map(str, ids)))
     generator = MegatronGenerator(actor, *common)
@@ -45,7 +57,7 @@ def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=6
     if check_logprobs:
         prompts = {r.group_id: r.prompt.token_ids for r in requests}
         n = len(completions)
-        actor.micro_batch_size = actor.forward_micro_batch_size = n
+        actor.micro_batch_size = actor.forward_micro_batch_size = 1
         batch = actor.make_batch([prompts[c.group_id] for c in completions], completions, np.zeros(n), 1.0)
         logprobs = actor.compute_logprobs(batch)
         if logprobs is not None:
@@ -55,7 +67,7 @@ def _generate(path, tensor, pipeline, requests, check_logprobs=False, max_rows=6
 
 @pytest.fixture(scope="module")
 def single(model):
-    return run_ranks(lambda: _generate(model[0], 1, 1, _requests(), check_logprobs=True), 1)[0]
+    return run_ranks(lambda: _generate(model[0], {}, _requests(), check_logprobs=True), 1)[0]
 
 
 def test_reported_logprobs_are_the_trainers(single):
@@ -73,24 +85,45 @@ def test_completions_end_at_a_stop_token_or_the_limit(single):
     assert {finished for *_, finished, _ in single[0]} == {True, False}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SPLIT)
 def test_every_layout_generates_the_same(model, single, layout):
-    tensor, pipeline, world = LAYOUTS[layout]
-    for completions, difference in run_ranks(lambda: _generate(model[0], tensor, pipeline, _requests(), True), world):
+    world, keys = SPLIT[layout]
+    for completions, difference in run_ranks(lambda: _generate(model[0], keys, _requests(), True), world):
         assert completions == single[0]
         assert difference < 1e-4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WHOLE)
 @pytest.mark.parametrize("n_prompts", [5, 1])
 def test_resharded_generation_is_the_same(model, single, layout, n_prompts):
     """Whole copies of the weights on every rank; also with fewer prompts than ranks."""
-    tensor, pipeline, world = LAYOUTS[layout]
+    world, keys = WHOLE[layout]
     requests = _requests()[:n_prompts]
     for completions, difference in run_ranks(
-        lambda: _generate(model[0], tensor, pipeline, requests, check_logprobs=True, reshard=True), world
+        lambda: _generate(model[0], keys, requests, check_logprobs=True, reshard=True), world
     ):
         assert completions == single[0][: 3 * n_prompts]
+        assert difference < 1e-4
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A model with experts, and what one rank generates on it."""
+    path = str(tmp_path_factory.mktemp("experts"))
+    write_model(path, family="qwen3_moe")
+    return path, run_ranks(lambda: _generate(path, {}, _requests(), check_logprobs=True), 1)[0]
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_resharded_generation_with_experts_is_the_same(experts, layout):
+    path, (expected, difference) = experts
+    assert difference < 1e-4
+    world, keys = EXPERTS[layout]
+    requests = _requests()
+    for completions, difference in run_ranks(
+        lambda: _generate(path, keys, requests, check_logprobs=True, reshard=True), world
+    ):
+        assert completions == expected
         assert difference < 1e-4
 
 
@@ -115,14 +148,14 @@ def test_resharded_weights_follow_the_policy(model):
 
 
 def test_a_completion_does_not_depend_on_its_batch(model, single):
-    alone = run_ranks(lambda: _generate(model[0], 1, 1, _requests()[3:4], max_rows=1), 1)[0][0]
+    alone = run_ranks(lambda: _generate(model[0], {}, _requests()[3:4], max_rows=1), 1)[0][0]
     assert alone == single[0][9:12]
 
 
 def test_greedy_equals_transformers(model):
     path, hf = model
     requests = _requests(n=1)
-    ours, _ = run_ranks(lambda: _generate(path, 2, 1, requests, use_greedy=True, stop_ids=(VOCABULARY,)), 2)[0]
+    ours, _ = run_ranks(lambda: _generate(path, TP2, requests, use_greedy=True, stop_ids=(VOCABULARY,)), 2)[0]
     for request, (_, _, tokens, _, _) in zip(requests, ours, strict=True):
         ids = torch.from_numpy(request.prompt.token_ids)[None]
         for token in tokens:  # step by step without a cache: an independent computation

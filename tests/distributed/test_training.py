@@ -137,6 +137,10 @@ ERRORS = {
         lambda data: {"trainer.devices": 8},
         r"trainer\.num_nodes=1 × trainer\.devices=8 = 8 ranks, but 2 were started: make them agree",
     ),
+    "generation": (
+        lambda data: {"model.context_parallel_size": 2, "trainer.grpo.inference_backend.reshard": "false"},
+        r"model\.context_parallel_size=2: generation cannot .*; set trainer\.grpo\.inference_backend\.reshard=true",
+    ),
     "no source column": (
         lambda data: {"model.data.train_files": f"[{_parquet_without_source(data)}]"},
         r"trainer\.grpo\.curriculum\.source_key.*data_source.*no_source\.parquet|no_source\.parquet.*data_source",

@@ -5,25 +5,56 @@ from __future__ import annotations
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_dump import config as schema
 from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.actor.layout import layout_of
 from megatron_dump.types import Completion
 
 VOCABULARY = 61  # not a multiple of anything: exercises the padding of the embedding
 STOP = 0
 
 
-def write_model(path: str, seed: int = 0, tied: bool = True) -> Qwen2ForCausalLM:
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        {**_EXPERTS, "norm_topk_prob": True, "head_dim": 16, "mlp_only_layers": [2]},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig, Qwen2MoeForCausalLM,
+        {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
+    ),
+}  # fmt: skip
+
+
+def write_model(path: str, seed: int = 0, tied: bool = True, family: str = "qwen2") -> PreTrainedModel:
+    """A random model as a Hugging Face folder, and as transformers has it."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    config, model_class, options = FAMILIES[family]
+    model = model_class(
+        config(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=tied,
             eos_token_id=STOP, bos_token_id=None, initializer_range=0.2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **options,
         )
     )  # fmt: skip
     for name, parameter in model.named_parameters():
@@ -34,6 +65,7 @@ def write_model(path: str, seed: int = 0, tied: bool = True) -> Qwen2ForCausalLM
 
 
 def make_config(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> schema.Config:
+    """A configuration of the tiny model; overrides are nested blocks, `model={…}`."""
     base = OmegaConf.create({
         "trainer": {"grpo": {"max_steps": 10, "num_prompts_per_grpo_step": 4, "samples_per_prompt": 4,
                              "initial_policy_kl_penalty": 0.1}},
@@ -49,7 +81,7 @@ def make_config(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> s
 
 def make_actor(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> MegatronGPTGRPOActor:
     config = make_config(path, tensor, pipeline, **overrides)
-    grid = parallel.initialize(parallel.Layout(tensor, pipeline), timeout_s=60)
+    grid = parallel.initialize(layout_of(config.model), timeout_s=60)
     return MegatronGPTGRPOActor(config, grid)
 
 
@@ -70,3 +102,13 @@ def share_of(actor: MegatronGPTGRPOActor, seed: int = 0, n: int = 16):
     total = float(sum(len(c.token_ids) for c in completions))
     rows = np.array_split(np.arange(n), actor.parallel.data_size)[actor.parallel.data_rank]
     return actor.make_batch([prompts[i] for i in rows], [completions[i] for i in rows], advantages[rows], total)
+
+
+def train_one_step(actor: MegatronGPTGRPOActor, seed: int) -> dict[str, float]:
+    """An optimizer step on `share_of(actor, seed)`, as if the policy had moved since: exercises ratio and clipping."""
+    batch = share_of(actor, seed)
+    batch.old_logprobs = actor.compute_logprobs(batch)
+    if batch.old_logprobs is not None:
+        batch.old_logprobs = batch.old_logprobs + 0.3 * np.sin(np.arange(batch.tokens.shape[1], dtype=np.float32))
+    batch.ref_logprobs = actor.compute_logprobs(batch, reference=True)
+    return actor.train_step(batch)

@@ -1,0 +1,163 @@
+"""How one replica of the model is split, read from the configuration, and what does not go together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron_dump.actor.architecture import Architecture
+from megatron_dump.config import Config, ConfigError, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one replica of the model is split, in Megatron's terms."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks on each pipeline stage (interleaved schedule)
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1  # ranks that share one expert
+    sequence: bool = False  # activations between tensor-parallel regions are split along the sequence
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that together hold one copy of the model and work on the same rollouts."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def length_unit(self) -> int:
+        """What the length of a padded sequence must be a multiple of: equal shares, and two chunks a context rank."""
+        return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
+
+    @property
+    def micro_batch_unit(self) -> int:
+        """What the number of micro-batches must be a multiple of: the interleaved schedule goes round the stages."""
+        return self.pipeline if self.virtual_pipeline else 1
+
+
+def layout_of(model: ModelConfig) -> Layout:
+    """The layout of `model:`. ConfigError for what goes with no model on any number of ranks here."""
+    tensor, pipeline, virtual = (
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.virtual_pipeline_model_parallel_size,
+    )
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual,
+        context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        expert_tensor=model.expert_tensor_parallel_size or tensor,  # Megatron's default
+        sequence=model.sequence_parallel,
+    )
+    if virtual is not None and pipeline == 1:
+        raise ConfigError(
+            f"model.virtual_pipeline_model_parallel_size={virtual}: an interleaved pipeline needs "
+            "model.pipeline_model_parallel_size of at least 2; set it, or virtual_pipeline_model_parallel_size to null"
+        )
+    if virtual == 1:
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size=1: one chunk a stage is the plain pipeline; set it to null"
+        )
+    if layout.sequence and tensor == 1:
+        raise ConfigError(
+            "model.sequence_parallel=true: it splits the sequence over tensor ranks, and "
+            "model.tensor_model_parallel_size=1; set it to false"
+        )
+    if layout.expert > 1 and layout.expert_tensor > 1 and not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.expert_tensor_parallel_size={layout.expert_tensor}: gloo, the CPU's backend, cannot exchange "
+            f"tokens between split experts at model.expert_model_parallel_size={layout.expert}; set it to 1"
+        )
+    return layout
+
+
+def check_layout(layout: Layout, world_size: int) -> int:
+    """The data-parallel size of a layout; ValueError with the sum when it does not work out."""
+    factors = {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
+    if layout.context > 1:
+        factors["context_parallel_size"] = layout.context
+    ranks = layout.replica_size
+    if world_size % ranks:
+        lower, upper = world_size // ranks * ranks, -(-world_size // ranks) * ranks
+        fits = " or ".join(str(n) for n in (lower, upper) if n)
+        product = " × ".join(f"model.{key}={size}" for key, size in factors.items())
+        raise ValueError(
+            f"{product} = {ranks} ranks a replica, which does not divide the world size {world_size}: start {fits} "
+            "ranks (trainer.num_nodes × trainer.devices, torchrun --nproc-per-node) or change the layout"
+        )
+    stage, experts = world_size // layout.pipeline, layout.expert * layout.expert_tensor
+    if layout.expert > 1 and stage % experts:
+        raise ValueError(
+            f"model.expert_model_parallel_size={layout.expert} × model.expert_tensor_parallel_size="
+            f"{layout.expert_tensor} = {experts} does not divide the {stage} ranks of a pipeline stage (world size "
+            f"{world_size} / model.pipeline_model_parallel_size={layout.pipeline}): choose a divisor"
+        )
+    return world_size // ranks
+
+
+def check_model(arch: Architecture, layout: Layout) -> None:
+    """ValueError, one line, when this model cannot be split this way."""
+    hf, chunks = arch.hf, layout.pipeline * (layout.virtual_pipeline or 1)
+    for name, size in (("attention heads", hf.num_attention_heads), ("key/value heads", hf.num_key_value_heads)):
+        if size % layout.tensor:
+            raise ValueError(
+                f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {size} {name}: lower it"
+            )
+    if hf.num_hidden_layers % chunks:
+        raise ValueError(
+            f"model.pipeline_model_parallel_size={layout.pipeline} × model.virtual_pipeline_model_parallel_size="
+            f"{layout.virtual_pipeline or 1} = {chunks} does not divide the model's {hf.num_hidden_layers} layers: "
+            "choose a divisor"
+        )
+    if layout.expert > 1 and arch.experts is None:
+        raise ValueError(
+            f"model.expert_model_parallel_size={layout.expert}: {hf.model_type} has no experts; set it to 1"
+        )
+    if arch.experts is None:
+        return
+    if arch.experts.number % layout.expert:
+        raise ValueError(
+            f"model.expert_model_parallel_size={layout.expert} does not divide the model's {arch.experts.number} "
+            "experts: choose a divisor"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        raise ValueError(
+            f"model.sequence_parallel=false: megatron-core trains experts at tensor_model_parallel_size="
+            f"{layout.tensor} with sequence parallelism only; set it to true"
+        )
+
+
+def check_run(config: Config, layout: Layout, data_parallel_size: int, has_experts: bool) -> None:
+    """What a layout asks of batches and generation. ConfigError, one line, with the remedy."""
+    model, pipeline = config.model, layout.pipeline
+    share = model.global_batch_size // data_parallel_size
+    for key, size in (
+        ("model.micro_batch_size", model.micro_batch_size),
+        ("model.grpo.forward_micro_batch_size", model.grpo.forward_micro_batch_size or model.micro_batch_size),
+    ):
+        if layout.virtual_pipeline and share // size % pipeline:
+            raise ConfigError(
+                f"{key}={size} cuts the {share} rollouts of a data-parallel rank into {share // size} micro-batches; "
+                f"an interleaved pipeline (virtual_pipeline_model_parallel_size={layout.virtual_pipeline}) wants a "
+                f"multiple of model.pipeline_model_parallel_size={pipeline}: change it, or model.global_batch_size"
+            )
+    if config.trainer.grpo.inference_backend.reshard:
+        return
+    refused = {
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline or 1,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "tensor_model_parallel_size": layout.tensor if has_experts else 1,
+    }
+    for key, size in refused.items():
+        if size > 1:
+            experts = " of a model with experts" if key.startswith("tensor") else ""
+            raise ConfigError(
+                f"model.{key}={size}: generation cannot step through this split{experts}; set "
+                "trainer.grpo.inference_backend.reshard=true"
+            )

@@ -21,10 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dump import grpo
-from megatron_dump.actor import convert
+from megatron_dump.actor import convert, memory
 from megatron_dump.actor.batching import MicroBatch, micro_batches, pad_rollouts
 from megatron_dump.actor.logprobs import vocab_parallel_logprobs
 from megatron_dump.actor.model import build_model, read_architecture, transformer_config
+from megatron_dump.actor.offload import offloaded
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.config import Config
 from megatron_dump.types import Completion, TrainBatch
@@ -45,6 +46,7 @@ class MegatronGPTGRPOActor:
         self.temperature = model.grpo.sampling_params.temperature
         self.ratio_eps = (model.grpo.ratio_eps_low, model.grpo.ratio_eps_high)
         self.kl_penalty = trainer.grpo.initial_policy_kl_penalty
+        self.offload_adam_states = model.grpo.offload_adam_states
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision)
@@ -146,6 +148,18 @@ class MegatronGPTGRPOActor:
             values = output["logprobs"].cpu().numpy()
             logprobs[output["rows"], : values.shape[1]] = values
         return logprobs
+
+    def generating(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block completions are generated and nothing is trained."""
+        return offloaded(self.optimizer, self.models) if self.offload_adam_states else contextlib.nullcontext()
+
+    def memory_usage(self) -> dict[str, float]:
+        """`perf/memory_…`: the largest of all ranks."""
+        return memory.usage(self.parallel.device)
+
+    def memory_report(self) -> list[str]:
+        """What parameters, gradients, optimizer and reference take on each rank, in lines."""
+        return memory.report(memory.held(self.models, self.optimizer, self.reference), self.parallel.device)
 
     def save_hf(self, path: str) -> None:
         """Write the policy as a Hugging Face folder."""

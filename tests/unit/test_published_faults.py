@@ -6,6 +6,7 @@ Most tests show the fault first, in a few lines that behave as the faulty code d
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -103,6 +104,15 @@ class Guesser:
         self.version += 1
         return {}
 
+    def generating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def memory_usage(self) -> dict[str, float]:
+        return {}
+
+    def memory_report(self) -> list[str]:
+        return []
+
 
 class Store:
     """Checkpoints in memory, as JSON."""
@@ -116,6 +126,11 @@ class Store:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.saved[step] = json.dumps({**state, "version": self.actor.version})
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
 
     def state(self, step: int) -> dict[str, Any]:
         return json.loads(self.saved[step])

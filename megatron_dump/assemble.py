@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump import config as schema
+from megatron_dump import evaluate
 from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.architecture import read_architecture
@@ -54,6 +55,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
     validation = None
     if model.data.validation_files:
         validation = load_data(config, tokenizer, model.data.validation_files, "model.data.validation_files")
+        _check_monitor(config, validation)
     sources = sorted({*train.sources, *(validation.sources if validation else ())})
     reward_functions(model.data.rewards, sources)  # tells on every rank what is wrong with them
     curriculum = Curriculum(
@@ -100,7 +102,12 @@ def build_trainer(config: Config) -> GRPOTrainer:
         validation=validation,
         curriculum=curriculum,
         replica=replica,
-        checkpoints=Checkpoints(log_dir / "checkpoints", actor),
+        checkpoints=Checkpoints(
+            log_dir / "checkpoints",
+            actor,
+            config.exp_manager.checkpoint_callback_params,
+            config.exp_manager.resume_from_checkpoint,
+        ),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
         reward_kl=reward_kl if grpo.kl_in_reward else None,
     )
@@ -109,6 +116,16 @@ def build_trainer(config: Config) -> GRPOTrainer:
 def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:
     """What the Curriculum is made of; the rest of the section concerns the data and the resume."""
     return {k: v for k, v in vars(curriculum).items() if k not in ("source_key", "resume_changed")}
+
+
+def _check_monitor(config: Config, validation: PromptDataset) -> None:
+    """What decides which checkpoints are the best must be measured."""
+    monitor = config.exp_manager.checkpoint_callback_params.monitor
+    known = evaluate.metric_names(validation.sources, config.trainer.grpo.val_samples_per_prompt)
+    if monitor is not None and monitor not in known:
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.monitor={monitor}: the validation measures {', '.join(known)}"
+        )
 
 
 def _check_positions(config: Config, actor: MegatronGPTGRPOActor, datasets: list[PromptDataset]) -> None:

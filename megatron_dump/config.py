@@ -92,6 +92,7 @@ class ModelGRPOConfig:
     entropy_bonus: float = 0.0
     importance_sampling_cap: float | None = None
     loss_agg_mode: str = "token-mean"
+    offload_adam_states: bool = False
     sampling_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     length_params: LengthParams = dataclasses.field(default_factory=LengthParams)
 
@@ -163,9 +164,20 @@ class PretrainedCheckpoint:
 
 
 @dataclasses.dataclass
+class CheckpointCallbackParams:
+    async_save: bool = False
+    save_top_k: int = -1
+    monitor: str | None = None
+    mode: str = "max"
+    save_last: bool = True
+
+
+@dataclasses.dataclass
 class ExpManager:
     explicit_log_dir: str = MISSING
     resume_if_exists: bool = True
+    resume_from_checkpoint: str | None = None
+    checkpoint_callback_params: CheckpointCallbackParams = dataclasses.field(default_factory=CheckpointCallbackParams)
     create_tensorboard_logger: bool = False
     create_wandb_logger: bool = False
     wandb_logger_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -209,7 +221,8 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "model.sequence_parallel model.transformer_impl model.recompute_granularity model.recompute_method "
     "model.recompute_num_layers model.overlap_grad_reduce model.micro_batch_size "
     "model.make_vocab_size_divisible_by "
-    "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
+    "model.grpo.forward_micro_batch_size model.grpo.offload_adam_states model.grpo.generation_rollout_mbs "
+    "model.data.train_files "
     "model.data.validation_files model.data.max_prompt_length model.data.reward_workers exp_manager"
 ).split()
 
@@ -319,6 +332,7 @@ def validate(config: Config) -> None:
     if not model.data.train_files:
         raise ConfigError("model.data.train_files=[]: name at least one parquet file")
     _check_batches(config)
+    _check_checkpoints(config)
 
 
 def _check_recompute(model: ModelConfig) -> None:
@@ -390,6 +404,32 @@ def _check_batches(config: Config) -> None:
             f"model.global_batch_size={model.global_batch_size} does not divide the {n_rollouts} rollouts of a step "
             f"(trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} × "
             f"samples_per_prompt={grpo.samples_per_prompt}): choose a divisor"
+        )
+
+
+def _check_checkpoints(config: Config) -> None:
+    manager, grpo, prefix = config.exp_manager, config.trainer.grpo, "exp_manager.checkpoint_callback_params"
+    params = manager.checkpoint_callback_params
+    if params.save_top_k < -1 or params.save_top_k == 0:
+        raise ConfigError(
+            f"{prefix}.save_top_k={params.save_top_k}: must be at least 1, or -1 to keep every checkpoint "
+            "(trainer.grpo.save_interval=0 writes none)"
+        )
+    if params.mode not in ("max", "min"):
+        raise ConfigError(f"{prefix}.mode={params.mode}: known are max and min")
+    if manager.resume_from_checkpoint and not manager.resume_if_exists:
+        raise ConfigError(
+            f"exp_manager.resume_from_checkpoint={manager.resume_from_checkpoint}: exp_manager.resume_if_exists=false "
+            "forbids it; set it to true"
+        )
+    if params.monitor is None or grpo.save_interval == 0:
+        return
+    if not config.model.data.validation_files:
+        raise ConfigError(f"{prefix}.monitor={params.monitor}: name model.data.validation_files to measure it on")
+    if grpo.val_check_interval == 0 or grpo.save_interval % grpo.val_check_interval:
+        raise ConfigError(
+            f"{prefix}.monitor={params.monitor}: trainer.grpo.save_interval={grpo.save_interval} must be a multiple "
+            f"of trainer.grpo.val_check_interval={grpo.val_check_interval}, so that every checkpoint has been validated"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,3 +52,17 @@ def validate(
             "n": float(of_source.sum()),
         }
     return Validation(metrics, pass_rates)
+
+
+def summary(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`val/<source>/<name>` of every source, and `val/<name>`, the mean over sources; finite values only."""
+    rows = {f"val/{source}/{name}": value for source, row in metrics.items() for name, value in row.items()}
+    for name in dict.fromkeys(name for row in metrics.values() for name in row):
+        rows[f"val/{name}"] = float(np.mean([row[name] for row in metrics.values()]))
+    return {key: value for key, value in rows.items() if np.isfinite(value)}
+
+
+def metric_names(sources: Sequence[str], samples_per_prompt: int) -> list[str]:
+    """The keys of `summary`."""
+    names = ("accuracy", "reward", "length", f"pass@{samples_per_prompt}")
+    return [f"val/{name}" for name in names] + [f"val/{source}/{name}" for source in sources for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -38,6 +39,12 @@ class Actor(Protocol):
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]: ...
 
+    def generating(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def memory_usage(self) -> dict[str, float]: ...
+
+    def memory_report(self) -> list[str]: ...
+
 
 class Store(Protocol):
     """Where checkpoints are kept."""
@@ -45,6 +52,10 @@ class Store(Protocol):
     def latest(self) -> int | None: ...
 
     def save(self, step: int, state: dict[str, Any]) -> Any: ...
+
+    def poll(self) -> bool: ...
+
+    def wait(self) -> None: ...
 
     def state(self, step: int) -> dict[str, Any]: ...
 
@@ -72,26 +83,31 @@ class GRPOTrainer:
     checkpoints: Store
     monitor: Monitor
     step: int = 0  # steps done
+    validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
+        self.monitor.log_events(events.notices(self.step, self.actor.memory_report()))
         if self.step == 0 and self.config.run_validation_step_0:
             self.validate()
         while self.step < self.config.max_steps:
             watch = Stopwatch()
             with watch("step"):
-                rollouts = self.collect(watch)
+                with self.actor.generating():
+                    rollouts = self.collect(watch)
                 with watch("adv"):
                     self.observe(rollouts.outcomes)
                 metrics = self.train(watch, rollouts)
             self.step += 1
             self.log(watch, metrics, rollouts)
+            self.checkpoints.poll()
             if _due(self.step, self.config.val_check_interval, self.config.max_steps):
                 self.validate()
             if _due(self.step, self.config.save_interval, self.config.max_steps):
                 self.save()
+        self.checkpoints.wait()
 
     def collect(self, watch: Stopwatch) -> Rollouts:
         """Draw a step's prompts, generate and score their rollouts, replace groups that the filter rejects."""
@@ -171,6 +187,7 @@ class GRPOTrainer:
             **{f"train/{s}/reward_{kind}": float(n) for s, counts in faults.items()
                for kind, n in zip(("timeouts", "crashes"), counts, strict=True)},
             **(self.curriculum.metrics() if self.owns_curriculum else {}),
+            **self.actor.memory_usage(),
             **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
             "perf/generated_tokens": float(outcomes.lengths.sum() + rollouts.tokens_before),
@@ -187,7 +204,9 @@ class GRPOTrainer:
     def validate(self) -> None:
         if self.validation is not None:
             n = self.config.val_samples_per_prompt
-            result = evaluate.validate(self.validator, self.validation, self.collector.scorer, n, self.replica)
+            with self.actor.generating():
+                result = evaluate.validate(self.validator, self.validation, self.collector.scorer, n, self.replica)
+            self.validated = (self.step, evaluate.summary(result.metrics))
             self.monitor.log_validation(self.step, result.metrics, result.pass_rates)
 
     def save(self) -> None:
@@ -195,6 +214,7 @@ class GRPOTrainer:
         self.checkpoints.save(self.step, {
             "curriculum": self.curriculum.state_dict() if self.owns_curriculum else None,
             "settings": self.settings,
+            "validation": self.validated[1] if self.validated[0] == self.step else {},
         })  # fmt: skip
 
     def resume(self, allowed: bool = True) -> bool:

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dump import grpo
-from megatron_dump.actor import batching, context, convert
+from megatron_dump.actor import batching, context, convert, memory
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.batching import MicroBatch
 from megatron_dump.actor.forward import LossOf, run_schedule
 from megatron_dump.actor.logprobs import vocab_parallel_logprobs
 from megatron_dump.actor.loss_options import loss_options
 from megatron_dump.actor.model import build_model, transformer_config
+from megatron_dump.actor.offload import offloaded
 from megatron_dump.actor.optimizer import build_optimizer, data_parallel
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.actor.reference import ReferenceWeights
@@ -42,6 +43,7 @@ class MegatronGPTGRPOActor:
         self.forward_micro_batch_size = model.grpo.forward_micro_batch_size or model.micro_batch_size
         self.temperature = model.grpo.sampling_params.temperature
         self.loss = loss_options(config)
+        self.offload_adam_states = model.grpo.offload_adam_states
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision, model)
@@ -144,6 +146,18 @@ class MegatronGPTGRPOActor:
             values = output["logprobs"].cpu().numpy()
             logprobs[output["rows"], : values.shape[1]] = values
         return logprobs
+
+    def generating(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block completions are generated and nothing is trained."""
+        return offloaded(self.optimizer, self.models) if self.offload_adam_states else contextlib.nullcontext()
+
+    def memory_usage(self) -> dict[str, float]:
+        """`perf/memory_…`: the largest of all ranks."""
+        return memory.usage(self.parallel.device)
+
+    def memory_report(self) -> list[str]:
+        """What parameters, gradients, optimizer and reference take on each rank, in lines."""
+        return memory.report(memory.held(self.models, self.optimizer, self.reference), self.parallel.device)
 
     def save_hf(self, path: str) -> None:
         """Write the policy as a Hugging Face folder."""

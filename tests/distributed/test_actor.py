@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_dump.actor.checkpoint import Checkpoints
 from tests.distributed.launch import run_ranks
 from tests.distributed.tiny import make_actor, random_rollouts, train_one_step, write_model
 
@@ -47,26 +46,3 @@ def test_a_row_counts_as_often_as_its_weight_says(model):
     for key in ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm"):
         assert weighted[key] == pytest.approx(repeated[key], rel=1e-5), key
     assert weighted["actor/entropy"] != pytest.approx(repeated["actor/entropy"], rel=1e-3)  # a metric, not weighted
-
-
-def test_checkpoint_moves_between_layouts(model, single, tmp_path):
-    """Saved after step 2 at TP2 x PP2 x DP2, continued on other layouts: step 3 is the uninterrupted one."""
-
-    def save():
-        actor = make_actor(model[0], 2, 2)
-        for seed in range(2):
-            train_one_step(actor, seed)
-        Checkpoints(tmp_path, actor).save(2, {"note": "kept"})
-
-    def load(tensor: int, pipeline: int):
-        actor = make_actor(model[0], tensor, pipeline)
-        store = Checkpoints(tmp_path, actor)
-        state = store.load(store.latest())
-        assert (state["note"], state["step"], actor.version) == ("kept", 2, 2)
-        return train_one_step(actor, 2)
-
-    run_ranks(save, 8)
-    for tensor, pipeline, world in ((1, 1, 1), (2, 1, 2), (1, 2, 4)):
-        for metrics in run_ranks(load, world, tensor, pipeline):
-            assert metrics["actor/grad_norm"] == pytest.approx(single[2]["actor/grad_norm"], rel=1e-4)
-            assert metrics["actor/loss"] == pytest.approx(single[2]["actor/loss"], rel=1e-4, abs=1e-5)

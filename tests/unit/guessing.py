@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,15 @@ class Guesser:
         self.version += 1
         return {}
 
+    def generating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def memory_usage(self) -> dict[str, float]:
+        return {}
+
+    def memory_report(self) -> list[str]:
+        return []
+
 
 class Store:
     """Checkpoints in memory, as JSON."""
@@ -75,6 +85,11 @@ class Store:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.saved[step] = json.dumps({**state, "version": self.actor.version})
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
 
     def state(self, step: int) -> dict[str, Any]:
         return json.loads(self.saved[step])
@@ -116,8 +131,9 @@ def trainer(
     collector = Collector(actor, scorer, data, sampler, chosen.filter, replica, 1, True, lambda completion: 0)
     monitor = Monitor(folder, data.sources, steps, 0, {})
     made = GRPOTrainer(
-        grpo_config, {}, 1, 5, "token-mean", False, True, actor, collector, actor, data, held_out, chosen, replica,
-        store, monitor,
+        config=grpo_config, settings={}, updates=1, max_length=5, loss_agg_mode="token-mean", use_reference=False,
+        reward_kl=None, owns_curriculum=True, actor=actor, collector=collector, validator=actor, dataset=data,
+        validation=held_out, curriculum=chosen, replica=replica, checkpoints=store, monitor=monitor,
     )  # fmt: skip
     made.resume()
     return made

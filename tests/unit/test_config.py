@@ -71,6 +71,11 @@ def test_the_documented_defaults_are_the_defaults():
         ("model.optim.sched.min_lr=1", "model.optim.sched.min_lr=1.0: must be in [0, model.optim.lr=0.0002]"),
         ("model.optim.name=sgd", "model.optim.name=sgd: only distributed_fused_adam is known"),
         ("model.data.train_files=[]", "model.data.train_files=[]: name at least one parquet file"),
+        ("exp_manager.checkpoint_callback_params.mode=best", "exp_manager.checkpoint_callback_params.mode=best: known"),
+        (
+            "exp_manager.checkpoint_callback_params.save_top_k=0",
+            "exp_manager.checkpoint_callback_params.save_top_k=0: must be at least 1",
+        ),
         ("exp_manager.explicit_log_dir=???", "exp_manager.explicit_log_dir: no value; set it"),
     ],
 )
@@ -96,3 +101,26 @@ def test_data_parallel_ranks_get_equal_shares_and_whole_micro_batches(override, 
     config = schema.load(_compose("kk_cpu", override))
     with pytest.raises(schema.ConfigError, match=message):
         schema.check_world(config, 8, ranks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.grpo.val_check_interval=4"], "must be a multiple of trainer.grpo.val_check_interval=4"),
+        (["trainer.grpo.val_check_interval=0"], "must be a multiple of trainer.grpo.val_check_interval=0"),
+        (["model.data.validation_files=[]"], "monitor=val/accuracy: name model.data.validation_files"),
+    ],
+)
+def test_what_checkpoints_are_compared_by_is_measured_at_every_save(overrides, message):
+    monitor = "exp_manager.checkpoint_callback_params.monitor=val/accuracy"
+    raw = _compose("kk_cpu", monitor, "trainer.grpo.save_interval=10", "trainer.grpo.val_check_interval=5")
+    schema.load(raw)
+    with pytest.raises(schema.ConfigError, match=message.replace("[", r"\[")):
+        schema.load(_compose("kk_cpu", monitor, "trainer.grpo.save_interval=10", *overrides))
+
+
+def test_a_chosen_checkpoint_needs_leave_to_resume():
+    with pytest.raises(schema.ConfigError, match="resume_from_checkpoint=x/step_1: exp_manager.resume_if_exists=false"):
+        schema.load(
+            _compose("kk_cpu", "exp_manager.resume_from_checkpoint=x/step_1", "exp_manager.resume_if_exists=false")
+        )

@@ -77,6 +77,7 @@ class LengthParams:
 @dataclasses.dataclass
 class ModelGRPOConfig:
     forward_micro_batch_size: int | None = None
+    logprob_chunk_size: int | None = 1024
     generation_rollout_mbs: int = 256
     ratio_eps_low: float = 0.2
     ratio_eps_high: float = 0.2
@@ -120,9 +121,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class DynamicBatchingConfig:
+    enabled: bool = False
+    train_mb_tokens: int = 4096
+    logprob_mb_tokens: int | None = None
+    sequence_length_round: int = 8
+
+
+@dataclasses.dataclass
 class ModelConfig:
     micro_batch_size: int = 1
     global_batch_size: int = 128
+    dynamic_batching: DynamicBatchingConfig = dataclasses.field(default_factory=DynamicBatchingConfig)
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     make_vocab_size_divisible_by: int = 128
@@ -180,9 +190,10 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
     "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend trainer.grpo.curriculum "
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.micro_batch_size "
-    "model.make_vocab_size_divisible_by "
-    "model.grpo.forward_micro_batch_size model.grpo.generation_rollout_mbs model.data.train_files "
-    "model.data.validation_files model.data.max_prompt_length model.data.reward_workers exp_manager"
+    "model.make_vocab_size_divisible_by model.dynamic_batching "
+    "model.grpo.forward_micro_batch_size model.grpo.logprob_chunk_size model.grpo.generation_rollout_mbs "
+    "model.data.train_files model.data.validation_files model.data.max_prompt_length model.data.reward_workers "
+    "exp_manager"
 ).split()
 
 
@@ -239,6 +250,10 @@ def validate(config: Config) -> None:
         "trainer.grpo.val_samples_per_prompt": grpo.val_samples_per_prompt,
         "model.micro_batch_size": model.micro_batch_size,
         "model.global_batch_size": model.global_batch_size,
+        "model.dynamic_batching.train_mb_tokens": model.dynamic_batching.train_mb_tokens,
+        "model.dynamic_batching.logprob_mb_tokens": model.dynamic_batching.logprob_mb_tokens,
+        "model.dynamic_batching.sequence_length_round": model.dynamic_batching.sequence_length_round,
+        "model.grpo.logprob_chunk_size": model.grpo.logprob_chunk_size,
         "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
         "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "model.grpo.length_params.max_length": model.grpo.length_params.max_length,
@@ -249,7 +264,7 @@ def validate(config: Config) -> None:
         "trainer.collective_timeout_s": config.trainer.collective_timeout_s,
     }
     for key, value in positive.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0")
     _check_ranges(config)
     if grpo.samples_per_prompt < 2:
@@ -316,7 +331,7 @@ def _check_batches(config: Config) -> None:
 def check_world(config: Config, world_size: int, data_parallel_size: int) -> None:
     """The ranks started must be those configured, and each replica must get whole micro-batches.
 
-    ConfigError otherwise.
+    Dynamic micro-batches take any number of rollouts. ConfigError otherwise.
     """
     model, trainer = config.model, config.trainer
     if trainer.num_nodes * trainer.devices != world_size:
@@ -324,6 +339,8 @@ def check_world(config: Config, world_size: int, data_parallel_size: int) -> Non
             f"trainer.num_nodes={trainer.num_nodes} × trainer.devices={trainer.devices} = "
             f"{trainer.num_nodes * trainer.devices} ranks, but {world_size} were started: make them agree"
         )
+    if model.dynamic_batching.enabled:
+        return
     if model.global_batch_size % data_parallel_size:
         raise ConfigError(
             f"model.global_batch_size={model.global_batch_size} rollouts cannot be shared evenly by "
@@ -338,4 +355,17 @@ def check_world(config: Config, world_size: int, data_parallel_size: int) -> Non
             raise ConfigError(
                 f"{key}={size} does not divide the {share} rollouts of a data-parallel rank "
                 f"(model.global_batch_size={model.global_batch_size} / {data_parallel_size}): choose a divisor"
+            )
+
+
+def check_budget(config: Config, longest_prompt: int) -> None:
+    """Any rollout must fit into a dynamic micro-batch; the longest prompt in tokens. ConfigError otherwise."""
+    dynamic, limit = config.model.dynamic_batching, config.model.grpo.length_params.max_length
+    padded = -(-(longest_prompt + limit) // dynamic.sequence_length_round) * dynamic.sequence_length_round
+    for key, budget in (("train", dynamic.train_mb_tokens), ("logprob", dynamic.logprob_mb_tokens)):
+        if dynamic.enabled and budget is not None and padded > budget:
+            raise ConfigError(
+                f"model.dynamic_batching.{key}_mb_tokens={budget}: the longest prompt, {longest_prompt} tokens, with "
+                f"model.grpo.length_params.max_length={limit} makes a rollout of {padded} tokens, padded: raise it to "
+                "at least that"
             )

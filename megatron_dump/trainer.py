@@ -70,6 +70,7 @@ class GRPOTrainer:
     replica: Replica
     checkpoints: Store
     monitor: Monitor
+    balance_tokens: bool = False  # an update's rollouts go to data-parallel ranks by their tokens, not in order
     step: int = 0  # steps done
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
 
@@ -135,12 +136,15 @@ class GRPOTrainer:
         """This rank's share of every update."""
         outcomes, replica = rollouts.outcomes, self.replica
         completions = rollouts.completions
-        if len(rollouts.rejected):  # what is left is dealt out anew
+        prompt_lengths = None
+        if self.balance_tokens:
+            prompt_lengths = np.array([len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids])
+        if len(rollouts.rejected) or (self.balance_tokens and replica.size > 1):  # dealt out anew
             completions = gather_completions(completions, replica.group, replica.device)
         found = {(c.group_id, c.sample): c for c in completions}
         batches = []
         for share in update_shares(
-            outcomes, rollouts.rejected, self.updates, replica.size, replica.rank, self.loss_agg_mode
+            outcomes, rollouts.rejected, self.updates, replica.size, replica.rank, self.loss_agg_mode, prompt_lengths
         ):
             keys = zip(outcomes.group_ids[share.rows].tolist(), outcomes.samples[share.rows].tolist(), strict=True)
             prompts = [self.dataset[int(i)].token_ids for i in outcomes.prompt_ids[share.rows]]

@@ -18,15 +18,17 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_dump import grpo
-from megatron_dump.actor import convert
-from megatron_dump.actor.batching import MicroBatch, micro_batches, pad_rollouts
-from megatron_dump.actor.logprobs import vocab_parallel_logprobs
+from megatron_dump.actor import batching, convert
+from megatron_dump.actor.batching import MicroBatch
+from megatron_dump.actor.logprobs import hidden_logprobs, hidden_states_as_output, output_weight
 from megatron_dump.actor.model import build_model, read_architecture, transformer_config
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.config import Config
+from megatron_dump.distributed import all_gather_array, fail_together
 from megatron_dump.types import Completion, TrainBatch
 
 
@@ -42,7 +44,10 @@ class MegatronGPTGRPOActor:
         self.parallel = parallel
         self.micro_batch_size = model.micro_batch_size
         self.forward_micro_batch_size = model.grpo.forward_micro_batch_size or model.micro_batch_size
+        self.dynamic = model.dynamic_batching
+        self.pad_to = self.dynamic.sequence_length_round if self.dynamic.enabled else batching.PAD_TO
         self.temperature = model.grpo.sampling_params.temperature
+        self.logprob_chunk_size = model.grpo.logprob_chunk_size
         self.ratio_eps = (model.grpo.ratio_eps_low, model.grpo.ratio_eps_high)
         self.kl_penalty = trainer.grpo.initial_policy_kl_penalty
         path = config.pretrained_checkpoint.restore_from_path
@@ -76,11 +81,13 @@ class MegatronGPTGRPOActor:
     ) -> TrainBatch:
         """Rollouts as this actor wants them: prompts[i] and completions[i] make row i.
 
-        The batch is filled up to at least `n_rows` rows, and to whole micro-batches.
+        The batch is filled up to at least `n_rows` rows, and to whole micro-batches; dynamic ones need no filling.
         """
         unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size)
         rows = -(-max(len(completions), n_rows or 1) // unit) * unit
-        return pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows)
+        if self.dynamic.enabled:
+            rows = max(len(completions), 1)
+        return batching.pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows, self.pad_to)
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on this rank's share of a global mini-batch; metrics equal on all ranks.
@@ -92,25 +99,25 @@ class MegatronGPTGRPOActor:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        n_micro = len(batch.tokens) // self.micro_batch_size
+        micros = self._micro_batches(batch, self.micro_batch_size, self.dynamic.train_mb_tokens)
         # The schedule divides by the number of micro-batches and DDP averages over ranks: undo both, so that the sum
         # over all ranks and micro-batches is the loss over the global mini-batch.
-        scale = n_micro * self.parallel.data_size
+        scale = len(micros) * self.parallel.data_size
 
-        def loss_of(logits: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropy = self._logprobs(logits, micro.tokens)
+        def loss_of(hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = self._logprobs(hidden, micro)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, sums = grpo.policy_loss(
                 logprobs, old, micro.advantages, micro.mask, batch.global_tokens, *self.ratio_eps,
                 ref_logprobs=micro.ref_logprobs, kl_penalty=self.kl_penalty, weights=micro.weights,
             )  # fmt: skip
             difference = (old - micro.rollout_logprobs).abs() * micro.mask  # generator against trainer, same weights
-            sums["actor/entropy"] = (entropy * micro.mask).sum()
+            sums["actor/entropy"] = (entropy.detach() * micro.mask).sum()
             sums["actor/logprobs"] = (logprobs.detach() * micro.mask).sum()
             sums["rollout/logprob_diff_mean"] = difference.sum()
             return loss * scale, {**sums, "rollout/logprob_diff_max": difference.max()}
 
-        outputs = self._run(batch, self.micro_batch_size, loss_of, forward_only=False)
+        outputs = self._run(batch, micros, loss_of, forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -126,55 +133,80 @@ class MegatronGPTGRPOActor:
 
     @torch.no_grad()
     def compute_logprobs(self, batch: TrainBatch, reference: bool = False) -> np.ndarray | None:
-        """Log-probabilities of `batch.tokens` under the policy or its reference: float32 [N, T], column 0 is 0.
+        """Log-probabilities of the sampled tokens under the policy or its reference: float32 [N, T].
 
-        On the last pipeline stage; None on the others, which have no use for it.
+        0 outside the mask. On the last pipeline stage; None on the others, which have no use for it.
         """
         for model in self.models:
             model.eval()
+        budget = self.dynamic.logprob_mb_tokens or self.dynamic.train_mb_tokens
+        micros = self._micro_batches(batch, self.forward_micro_batch_size, budget)
         with self._reference_weights() if reference else contextlib.nullcontext():
             outputs = self._run(
-                batch, self.forward_micro_batch_size,
-                lambda logits, micro: (logits.new_zeros(()),
-                                       {"rows": micro.rows, "logprobs": self._logprobs(logits, micro.tokens)[0]}),
+                batch, micros,
+                lambda hidden, micro: (hidden.new_zeros(()),
+                                       {"rows": micro.rows, "logprobs": self._logprobs(hidden, micro)[0]}),
                 forward_only=True,
             )  # fmt: skip
         if not self.parallel.is_last_stage:
             return None
         logprobs = np.zeros(batch.tokens.shape, np.float32)
         for output in outputs:
-            values = output["logprobs"].cpu().numpy()
-            logprobs[output["rows"], : values.shape[1]] = values
+            rows, values = output["rows"], output["logprobs"].cpu().numpy()
+            logprobs[rows, : values.shape[1]] = values[: len(rows)]  # behind them: rows that fill up
         return logprobs
 
     def save_hf(self, path: str) -> None:
         """Write the policy as a Hugging Face folder."""
         convert.save_hf(self.modules, self.arch, self.parallel, path)
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each token given those before it, and the entropy there: [B, T], column 0 is 0."""
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits[:, :-1], tokens[:, 1:], self.parallel.tensor_group, self.parallel.tensor_rank,
-            self.arch.vocab_size, self.temperature,
+    def _logprobs(self, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each sampled token given those before it, and the entropy there: [B, T], 0 elsewhere.
+
+        hidden [S, B, H]: only those in front of a sampled token meet the output layer.
+        """
+        rows, places = micro.sampled // micro.tokens.size(1), micro.sampled % micro.tokens.size(1)
+        both = hidden_logprobs(
+            hidden.flatten(0, 1).index_select(0, (places - 1) * hidden.size(1) + rows),
+            output_weight(self.modules[-1]), micro.tokens.flatten()[micro.sampled],
+            self.parallel.tensor_group, self.parallel.tensor_rank, self.arch.vocab_size,
+            self.temperature, self.logprob_chunk_size,
         )  # fmt: skip
-        first = logprobs.new_zeros(len(tokens), 1)
-        return torch.cat([first, logprobs], 1), torch.cat([first, entropy], 1)
+        logprobs, entropy = (
+            values.new_zeros(micro.tokens.numel()).index_copy(0, micro.sampled, values).view_as(micro.tokens)
+            for values in both
+        )
+        return logprobs, entropy
+
+    def _micro_batches(self, batch: TrainBatch, size: int, budget: int) -> list[MicroBatch]:
+        """Of `size` rows, or under a `budget` of tokens and then as many on every data-parallel rank."""
+        lengths = batching.used_lengths(batch)
+        if self.dynamic.enabled:
+            group, device = self.parallel.data_group, self.parallel.device
+            with fail_together("model.dynamic_batching", group, device):
+                parts = batching.under_budget(lengths, budget, self.pad_to)
+            n = int(all_gather_array(np.array([len(parts)]), group, device).max())
+            unit = self.parallel.pipeline_size if self.parallel.layout.virtual_pipeline else 1
+            parts = batching.split_into(parts, lengths, -(-n // unit) * unit)
+        else:
+            parts = batching.equal_rows(lengths, size)
+        return [batching.cut(batch, rows, self.parallel.device, self.pad_to) for rows in parts]
 
     def _run(
         self,
         batch: TrainBatch,
-        micro_batch_size: int,
+        micros: list[MicroBatch],
         loss_of: Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Any]]],
         forward_only: bool,
     ) -> list[dict[str, Any]]:
         """All micro-batches through the pipeline schedule; what `loss_of` reported of each, on the last stage."""
-        micros = micro_batches(batch, micro_batch_size, self.parallel.device)
 
         def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(data)
             positions = torch.arange(micro.tokens.size(1), device=micro.tokens.device).expand_as(micro.tokens)
-            logits = model(input_ids=micro.tokens, position_ids=positions, attention_mask=None)
-            return logits, lambda output: loss_of(output, micro)
+            with hidden_states_as_output(unwrap_model(model)):
+                output = model(input_ids=micro.tokens, position_ids=positions, attention_mask=None)
+            return output, lambda hidden: loss_of(hidden, micro)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -182,7 +214,7 @@ class MegatronGPTGRPOActor:
             model=self.models[0],
             num_microbatches=len(micros),
             seq_length=batch.tokens.shape[1],
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=len(micros[0].tokens),
             decoder_seq_length=batch.tokens.shape[1],
             forward_only=forward_only,
         )

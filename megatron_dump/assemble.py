@@ -71,7 +71,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
     actor = MegatronGPTGRPOActor(config, grid)
     generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
-    _check_positions(config, actor, [d for d in (train, validation) if d is not None])
+    _check_lengths(config, actor, train, validation)
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
     advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
     reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
@@ -82,6 +82,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         updates=updates,
         max_length=model.grpo.length_params.max_length,
         loss_agg_mode=model.grpo.loss_agg_mode,
+        balance_tokens=model.dynamic_batching.enabled,
         use_reference=grpo.initial_policy_kl_penalty > 0,
         owns_curriculum=grid.rank == 0,
         actor=actor,
@@ -128,9 +129,15 @@ def _check_monitor(config: Config, validation: PromptDataset) -> None:
         )
 
 
-def _check_positions(config: Config, actor: MegatronGPTGRPOActor, datasets: list[PromptDataset]) -> None:
-    """Prompt and completion must fit the model's positions. Tokenises every prompt, once."""
-    longest, limit = max(d.check_lengths() for d in datasets), config.model.grpo.length_params.max_length
+def _check_lengths(
+    config: Config, actor: MegatronGPTGRPOActor, train: PromptDataset, validation: PromptDataset | None
+) -> None:
+    """Prompt and completion must fit the model's positions, and a micro-batch. Tokenises every prompt, once."""
+    trained = train.check_lengths()
+    schema.check_budget(config, trained)
+    longest, limit = trained, config.model.grpo.length_params.max_length
+    if validation is not None:
+        longest = max(longest, validation.check_lengths())
     positions = actor.arch.hf.max_position_embeddings
     if longest + limit > positions:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 
 import numpy as np
 
@@ -35,6 +36,21 @@ def share_of_draw(draw: Draw, updates: int, ranks: int, rank: int) -> list[tuple
     return runs
 
 
+def balanced(costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """[ranks] int64 positions into `costs`, ascending in each: every position once, sums about equal.
+
+    The largest first, each to the rank that has least so far (Graham, "Bounds on multiprocessing timing anomalies",
+    1969: the largest sum is at most 4/3 of the least possible, and sums differ by at most the largest cost).
+    """
+    heap = [(0, rank) for rank in range(ranks)]  # ties go to the lowest rank: the same everywhere
+    owner = np.empty(len(costs), np.int64)
+    for position in np.argsort(-costs, kind="stable"):
+        total, rank = heapq.heappop(heap)
+        owner[position] = rank
+        heapq.heappush(heap, (total + int(costs[position]), rank))
+    return [np.flatnonzero(owner == rank) for rank in range(ranks)]
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateShare:
     """What one rank trains on in one optimizer step."""
@@ -54,12 +70,15 @@ def update_shares(
     rank: int,
     loss_agg_mode: str,
     max_length: int,
+    prompt_lengths: np.ndarray | None = None,
 ) -> list[UpdateShare]:
     """One rank's share of every update, from all groups but the `rejected` (ids), dealt out in global order.
 
     loss_agg_mode and max_length as in grpo.loss_weights.
 
     Rollouts without a finite reward keep their row, which counts nowhere; updates without any other are left out.
+    With `prompt_lengths`, int64 [N] tokens beside outcomes.lengths, an update's rollouts go to the ranks by their
+    tokens instead, without those that count nowhere; which rollouts an update has is the same.
     """
     taken = np.flatnonzero(~np.isin(outcomes.group_ids, rejected))
     _, group, sizes = np.unique(outcomes.group_ids[outcomes.kept], return_inverse=True, return_counts=True)
@@ -74,7 +93,10 @@ def update_shares(
         groups, lengths = outcomes.group_ids[everyone], outcomes.lengths[everyone]
         weights = np.zeros(len(outcomes.kept))
         weights[everyone] = grpo.loss_weights(loss_agg_mode, groups, lengths, group_size[everyone], max_length)
-        rows = taken[parts[rank]]
+        dealt = [taken[part] for part in parts]
+        if prompt_lengths is not None:
+            dealt = [everyone[part] for part in balanced(prompt_lengths[everyone] + lengths, ranks)]
+        rows = dealt[rank]
         advantages = np.where(outcomes.kept, outcomes.advantages, 0.0)[rows]
-        shares.append(UpdateShare(rows, advantages, weights[rows], float(lengths.sum()), max(map(len, parts))))
+        shares.append(UpdateShare(rows, advantages, weights[rows], float(lengths.sum()), max(map(len, dealt))))
     return shares

@@ -84,6 +84,7 @@ class LengthParams:
 @dataclasses.dataclass
 class ModelGRPOConfig:
     forward_micro_batch_size: int | None = None
+    logprob_chunk_size: int | None = 1024
     generation_rollout_mbs: int = 256
     loss_mode: str = "vanilla"
     ratio_eps_low: float = 0.2
@@ -132,9 +133,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class DynamicBatchingConfig:
+    enabled: bool = False
+    train_mb_tokens: int = 4096
+    logprob_mb_tokens: int | None = None
+    sequence_length_round: int = 8
+
+
+@dataclasses.dataclass
 class ModelConfig:
     micro_batch_size: int = 1
     global_batch_size: int = 128
+    dynamic_batching: DynamicBatchingConfig = dataclasses.field(default_factory=DynamicBatchingConfig)
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
@@ -220,7 +230,7 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "model.context_parallel_size model.expert_model_parallel_size model.expert_tensor_parallel_size "
     "model.sequence_parallel model.transformer_impl model.recompute_granularity model.recompute_method "
     "model.recompute_num_layers model.overlap_grad_reduce model.micro_batch_size "
-    "model.make_vocab_size_divisible_by "
+    "model.make_vocab_size_divisible_by model.dynamic_batching model.grpo.logprob_chunk_size "
     "model.grpo.forward_micro_batch_size model.grpo.offload_adam_states model.grpo.generation_rollout_mbs "
     "model.data.train_files "
     "model.data.validation_files model.data.max_prompt_length model.data.reward_workers exp_manager"
@@ -280,6 +290,10 @@ def validate(config: Config) -> None:
         "trainer.grpo.val_samples_per_prompt": grpo.val_samples_per_prompt,
         "model.micro_batch_size": model.micro_batch_size,
         "model.global_batch_size": model.global_batch_size,
+        "model.dynamic_batching.train_mb_tokens": model.dynamic_batching.train_mb_tokens,
+        "model.dynamic_batching.logprob_mb_tokens": model.dynamic_batching.logprob_mb_tokens,
+        "model.dynamic_batching.sequence_length_round": model.dynamic_batching.sequence_length_round,
+        "model.grpo.logprob_chunk_size": model.grpo.logprob_chunk_size,
         "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
         "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
@@ -436,7 +450,7 @@ def _check_checkpoints(config: Config) -> None:
 def check_world(config: Config, world_size: int, data_parallel_size: int) -> None:
     """The ranks started must be those configured, and each replica must get whole micro-batches.
 
-    ConfigError otherwise.
+    Dynamic micro-batches take any number of rollouts. ConfigError otherwise.
     """
     model, trainer = config.model, config.trainer
     if trainer.num_nodes * trainer.devices != world_size:
@@ -444,6 +458,8 @@ def check_world(config: Config, world_size: int, data_parallel_size: int) -> Non
             f"trainer.num_nodes={trainer.num_nodes} × trainer.devices={trainer.devices} = "
             f"{trainer.num_nodes * trainer.devices} ranks, but {world_size} were started: make them agree"
         )
+    if model.dynamic_batching.enabled:
+        return
     if model.global_batch_size % data_parallel_size:
         raise ConfigError(
             f"model.global_batch_size={model.global_batch_size} rollouts cannot be shared evenly by "
@@ -458,4 +474,17 @@ def check_world(config: Config, world_size: int, data_parallel_size: int) -> Non
             raise ConfigError(
                 f"{key}={size} does not divide the {share} rollouts of a data-parallel rank "
                 f"(model.global_batch_size={model.global_batch_size} / {data_parallel_size}): choose a divisor"
+            )
+
+
+def check_budget(config: Config, longest_prompt: int) -> None:
+    """Any rollout must fit into a dynamic micro-batch; the longest prompt in tokens. ConfigError otherwise."""
+    dynamic, limit = config.model.dynamic_batching, config.model.grpo.length_params.max_length
+    padded = -(-(longest_prompt + limit) // dynamic.sequence_length_round) * dynamic.sequence_length_round
+    for key, budget in (("train", dynamic.train_mb_tokens), ("logprob", dynamic.logprob_mb_tokens)):
+        if dynamic.enabled and budget is not None and padded > budget:
+            raise ConfigError(
+                f"model.dynamic_batching.{key}_mb_tokens={budget}: the longest prompt, {longest_prompt} tokens, with "
+                f"model.grpo.length_params.max_length={limit} makes a rollout of {padded} tokens, padded: raise it to "
+                "at least that"
             )

@@ -82,6 +82,7 @@ class GRPOTrainer:
     replica: Replica
     checkpoints: Store
     monitor: Monitor
+    balance_tokens: bool = False  # an update's rollouts go to data-parallel ranks by their tokens, not in order
     step: int = 0  # steps done
     validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
@@ -155,16 +156,19 @@ class GRPOTrainer:
 
     def shares(self, rollouts: Rollouts) -> list[UpdateShare]:
         """What this rank trains on, update by update."""
+        outcomes, prompt_lengths = rollouts.outcomes, None
+        if self.balance_tokens:
+            prompt_lengths = np.array([len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids])
         return update_shares(
-            rollouts.outcomes, rollouts.rejected, self.updates, self.replica.size, self.replica.rank,
-            self.loss_agg_mode, self.max_length,
+            outcomes, rollouts.rejected, self.updates, self.replica.size, self.replica.rank, self.loss_agg_mode,
+            self.max_length, prompt_lengths,
         )  # fmt: skip
 
     def batches(self, rollouts: Rollouts, shares: Sequence[UpdateShare]) -> list[TrainBatch]:
-        """Those, padded: a collective where groups were rejected."""
+        """Those, padded: a collective where rollouts do not train where they were generated."""
         outcomes, replica = rollouts.outcomes, self.replica
         completions = rollouts.completions
-        if len(rollouts.rejected):  # what is left is dealt out anew
+        if len(rollouts.rejected) or (self.balance_tokens and replica.size > 1):  # dealt out anew
             completions = gather_completions(completions, replica.group, replica.device)
         found = {(c.group_id, c.sample): c for c in completions}
         batches = []

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dump import grpo
 from megatron_dump.actor import batching, context, convert, memory
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.batching import MicroBatch
-from megatron_dump.actor.forward import LossOf, run_schedule
-from megatron_dump.actor.logprobs import vocab_parallel_logprobs
+from megatron_dump.actor.forward import run_schedule
+from megatron_dump.actor.logprobs import hidden_logprobs, output_weight
 from megatron_dump.actor.loss_options import loss_options
 from megatron_dump.actor.model import build_model, transformer_config
 from megatron_dump.actor.offload import offloaded
@@ -26,6 +24,7 @@ from megatron_dump.actor.optimizer import build_optimizer, data_parallel
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.actor.reference import ReferenceWeights
 from megatron_dump.config import Config
+from megatron_dump.distributed import all_gather_array, fail_together
 from megatron_dump.types import Completion, TrainBatch
 
 
@@ -41,9 +40,13 @@ class MegatronGPTGRPOActor:
         self.parallel, self.options = parallel, model
         self.micro_batch_size = model.micro_batch_size
         self.forward_micro_batch_size = model.grpo.forward_micro_batch_size or model.micro_batch_size
+        self.dynamic = model.dynamic_batching
+        length_unit = self.dynamic.sequence_length_round if self.dynamic.enabled else batching.PAD_TO
+        self.pad_to = math.lcm(length_unit, parallel.layout.length_unit)
         self.temperature = model.grpo.sampling_params.temperature
         self.loss = loss_options(config)
         self.offload_adam_states = model.grpo.offload_adam_states
+        self.logprob_chunk_size = model.grpo.logprob_chunk_size
         path = config.pretrained_checkpoint.restore_from_path
         self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision, model)
@@ -72,13 +75,12 @@ class MegatronGPTGRPOActor:
     ) -> TrainBatch:
         """Rollouts as this actor wants them: prompts[i] and completions[i] make row i.
 
-        The batch is filled up to at least `n_rows` rows, and to whole micro-batches.
+        The batch is filled up to at least `n_rows` rows, and to whole micro-batches; dynamic ones need no filling.
         """
-        layout = self.parallel.layout
-        unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size) * layout.micro_batch_unit
+        unit = math.lcm(self.micro_batch_size, self.forward_micro_batch_size) * self.parallel.layout.micro_batch_unit
         rows = -(-max(len(completions), n_rows or 1) // unit) * unit
-        pad_to = math.lcm(batching.PAD_TO, layout.length_unit)
-        return batching.pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows, pad_to)
+        rows = max(len(completions), 1) if self.dynamic.enabled else rows
+        return batching.pad_rollouts(prompts, completions, advantages, global_tokens, weights, rows, self.pad_to)
 
     def train_step(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on this rank's share of a global mini-batch; metrics equal on all ranks.
@@ -90,13 +92,13 @@ class MegatronGPTGRPOActor:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        n_micro = len(batch.tokens) // self.micro_batch_size
+        micros = self._micro_batches(batch, self.micro_batch_size, self.dynamic.train_mb_tokens)
         # The schedule divides by the number of micro-batches and DDP averages over ranks: undo both, so that the sum
         # over all ranks and micro-batches is the loss over the global mini-batch.
-        scale = n_micro * self.parallel.data_size
+        scale = len(micros) * self.parallel.data_size
 
-        def loss_of(logits: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropy = self._logprobs(logits, micro.tokens)
+        def loss_of(hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = self._logprobs(hidden, micro)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, sums = grpo.policy_loss(
                 logprobs, old, micro.advantages, micro.mask, batch.global_tokens, self.loss, weights=micro.weights,
@@ -108,7 +110,7 @@ class MegatronGPTGRPOActor:
             sums["rollout/logprob_diff_mean"] = difference.sum()
             return loss * scale, {**sums, "rollout/logprob_diff_max": difference.max()}
 
-        outputs = self._run(batch, self.micro_batch_size, loss_of, forward_only=False)
+        outputs = run_schedule(self.models, self.parallel, micros, loss_of, forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -124,27 +126,29 @@ class MegatronGPTGRPOActor:
 
     @torch.no_grad()
     def compute_logprobs(self, batch: TrainBatch, reference: bool = False) -> np.ndarray | None:
-        """Log-probabilities of `batch.tokens` under the policy or its reference: float32 [N, T], column 0 is 0.
+        """Log-probabilities of the sampled tokens under the policy or its reference: float32 [N, T].
 
-        On the last pipeline stage; None on the others, which have no use for it.
+        0 outside the mask. On the last pipeline stage; None on the others, which have no use for it.
         """
         for model in self.models:
             model.eval()
         if reference and self.reference is None:
             raise ValueError("trainer.grpo.initial_policy_kl_penalty=0: no reference policy is kept")
+        budget = self.dynamic.logprob_mb_tokens or self.dynamic.train_mb_tokens
+        micros = self._micro_batches(batch, self.forward_micro_batch_size, budget)
         with self.reference.loaded() if reference and self.reference else contextlib.nullcontext():
-            outputs = self._run(
-                batch, self.forward_micro_batch_size,
-                lambda logits, micro: (logits.new_zeros(()),
-                                       {"rows": micro.rows, "logprobs": self._logprobs(logits, micro.tokens)[0]}),
+            outputs = run_schedule(
+                self.models, self.parallel, micros,
+                lambda hidden, micro: (hidden.new_zeros(()),
+                                       {"rows": micro.rows, "logprobs": self._logprobs(hidden, micro)[0]}),
                 forward_only=True,
             )  # fmt: skip
         if not self.parallel.is_last_stage:
             return None
         logprobs = np.zeros(batch.tokens.shape, np.float32)
         for output in outputs:
-            values = output["logprobs"].cpu().numpy()
-            logprobs[output["rows"], : values.shape[1]] = values
+            rows, values = output["rows"], output["logprobs"].cpu().numpy()
+            logprobs[rows, : values.shape[1]] = values[: len(rows)]  # behind them: rows that fill up
         return logprobs
 
     def generating(self) -> contextlib.AbstractContextManager[None]:
@@ -163,31 +167,42 @@ class MegatronGPTGRPOActor:
         """Write the policy as a Hugging Face folder."""
         convert.save_hf(self.modules, self.arch, self.parallel, path)
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each token given those before it, and the entropy there: [B, T], column 0 is 0.
+    def _logprobs(self, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each sampled token given those before it, and the entropy there: [B, T], 0 elsewhere.
 
-        logits [B, T / context-parallel size, V / tensor-parallel size] of this rank's positions.
+        hidden [S, B, H] of the positions this rank holds: only those in front of a sampled token meet the output layer.
         """
-        place, length = self.parallel, tokens.size(1)
-        held = context.positions(length, place.context_group, tokens.device)
-        both = vocab_parallel_logprobs(
-            logits, tokens.roll(-1, 1)[:, held], place.tensor_group, place.tensor_rank,
-            self.arch.vocab_size, self.temperature,
+        place, (n_rows, length) = self.parallel, micro.tokens.shape
+        before = context.places(length, place.context_group, hidden.device)[micro.sampled % length - 1]
+        sampled, before = micro.sampled[before >= 0], before[before >= 0]
+        both = hidden_logprobs(
+            hidden.flatten(0, 1).index_select(0, before * n_rows + sampled // length),
+            output_weight(self.modules[-1]), micro.tokens.flatten()[sampled], place.tensor_group, place.tensor_rank,
+            self.arch.vocab_size, self.temperature, self.logprob_chunk_size,
+            reduce_hidden_grad=not place.layout.sequence,
         )  # fmt: skip
-        # The last position has no next token.
-        rows = (F.pad(context.spread(values, length, place.context_group)[:, :-1], (1, 0)) for values in both)
-        logprobs, entropy = rows
+        logprobs, entropy = (
+            context.total(values.new_zeros(n_rows * length).index_copy(0, sampled, values).view(n_rows, length),
+                          place.context_group)
+            for values in both
+        )  # fmt: skip
         return logprobs, entropy
 
-    def _run(
-        self, batch: TrainBatch, micro_batch_size: int, loss_of: LossOf, forward_only: bool
-    ) -> list[dict[str, Any]]:
-        """All micro-batches of a batch through the schedule; what `loss_of` reported of each, on the last stage."""
-        layout = self.parallel.layout
+    def _micro_batches(self, batch: TrainBatch, size: int, budget: int) -> list[MicroBatch]:
+        """Of `size` rows, or under a `budget` of tokens and then as many on every data-parallel rank."""
+        lengths, interleaved = batching.used_lengths(batch), self.parallel.layout.virtual_pipeline
+        if self.dynamic.enabled:
+            group, device = self.parallel.data_group, self.parallel.device
+            with fail_together("model.dynamic_batching", group, device):
+                parts = batching.under_budget(lengths, budget, self.pad_to)
+            n = int(all_gather_array(np.array([len(parts)]), group, device).max())
+            unit = self.parallel.pipeline_size if interleaved else 1
+            parts = batching.split_into(parts, lengths, -(-n // unit) * unit)
+        else:
+            parts = batching.equal_rows(lengths, size)
         # The interleaved schedule wants one length.
-        pad_to = batch.tokens.shape[1] if layout.virtual_pipeline else math.lcm(batching.PAD_TO, layout.length_unit)
-        micros = batching.micro_batches(batch, micro_batch_size, self.parallel.device, pad_to)
-        return run_schedule(self.models, self.parallel, micros, loss_of, forward_only)
+        pad_to = batch.tokens.shape[1] if interleaved else self.pad_to
+        return [batching.cut(batch, rows, self.parallel.device, pad_to) for rows in parts]
 
     def _reduce(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and data-parallel ranks (a maximum for `*_max`), known to every rank."""

@@ -1,4 +1,4 @@
-"""Rollouts as padded arrays, and those as micro-batches on the device."""
+"""Rollouts as padded arrays, and those as micro-batches on the device: of equal row counts, or under a token budget."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PAD_TO = 8  # sequence lengths are rounded up to a multiple: fewer distinct shap
 class MicroBatch:
     """Some rows of a TrainBatch on the device, cut to the longest of them."""
 
-    rows: np.ndarray  # int64 [B], which rows of the batch
-    tokens: Tensor
+    rows: np.ndarray  # int64 [n], which rows of the batch; n < B: rows without a token fill it up
+    tokens: Tensor  # int64 [B, T]
+    sampled: Tensor  # int64 [M], places b T + t of the tokens inside the mask (t > 0): those that get log-probabilities
     mask: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
@@ -64,39 +65,80 @@ def _filled(values: np.ndarray, n: int) -> np.ndarray:
     return np.pad(values, (0, n - len(values))).astype(np.float32)
 
 
-def micro_batches(batch: TrainBatch, size: int, device: torch.device, pad_to: int = PAD_TO) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of `size` rows of similar length, each as long as its longest row needs.
+def used_lengths(batch: TrainBatch) -> np.ndarray:
+    """int64 [N]: tokens up to the last one inside the mask; 1 for a row without any, which needs no length."""
+    sampled = batch.loss_mask[:, ::-1] > 0  # the completion ends a row
+    return np.where(sampled.any(axis=1), batch.tokens.shape[1] - np.argmax(sampled, axis=1), 1)
 
-    Their lengths are multiples of `pad_to`.
 
-    Raises ValueError when `size` does not divide the batch.
-    """
-    n, width = batch.tokens.shape
+def equal_rows(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows in order of their length, `size` at a time. ValueError when `size` does not divide their number."""
+    n = len(lengths)
     if n % size:
         raise ValueError(f"micro-batch size {size} does not divide the {n} rollouts of this rank")
-    sampled = batch.loss_mask[:, ::-1] > 0  # the completion ends a row; a row without one needs no length
-    used = np.where(sampled.any(axis=1), width - np.argmax(sampled, axis=1), 1)
-    order = np.argsort(used, kind="stable")
-
-    def cut(rows: np.ndarray) -> MicroBatch:
-        length = min(width, _round_up(int(used[rows].max()), pad_to))
-
-        def take(array: np.ndarray | None) -> Tensor | None:
-            return None if array is None else torch.from_numpy(array[rows, :length]).to(device)
-
-        return MicroBatch(
-            rows=rows,
-            tokens=torch.from_numpy(batch.tokens[rows, :length]).to(device),
-            mask=torch.from_numpy(batch.loss_mask[rows, :length]).to(device),
-            advantages=torch.from_numpy(batch.advantages[rows]).to(device),
-            rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[rows, :length]).to(device),
-            old_logprobs=take(batch.old_logprobs),
-            ref_logprobs=take(batch.ref_logprobs),
-            weights=None if batch.weights is None else torch.from_numpy(batch.weights[rows]).to(device),
-        )
-
-    return [cut(order[i : i + size]) for i in range(0, n, size)]
+    order = np.argsort(lengths, kind="stable")
+    return [order[i : i + size] for i in range(0, n, size)]
 
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def under_budget(lengths: np.ndarray, budget: int, pad_to: int = PAD_TO) -> list[np.ndarray]:
+    """Rows in as few micro-batches as there can be of at most `budget` tokens, rows × longest row, padded.
+
+    The rows are sorted and each micro-batch takes as many as its longest allows, so no other cut of the sorted rows
+    has fewer. Longest first: memory that served the largest shape serves the others.
+    ValueError when one row alone is over the budget.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    parts, start = [], 0
+    while start < len(order):
+        longest = _round_up(int(lengths[order[start]]), pad_to)
+        if longest > budget:
+            raise ValueError(f"a rollout of {longest} tokens, padded, exceeds the budget of {budget} of a micro-batch")
+        parts.append(order[start : start + budget // longest])
+        start += len(parts[-1])
+    return parts
+
+
+def split_into(parts: list[np.ndarray], lengths: np.ndarray, n: int) -> list[np.ndarray]:
+    """`parts` as exactly n >= len(parts) micro-batches: the largest is halved, again and again; empty ones fill up."""
+    parts = list(parts)
+    while len(parts) < n:
+        sizes = [len(rows) * lengths[rows].max() if len(rows) > 1 else 0 for rows in parts]
+        largest = int(np.argmax(sizes)) if sizes else 0
+        if not sizes or not sizes[largest]:
+            return parts + [np.empty(0, np.int64)] * (n - len(parts))
+        rows = parts[largest]
+        parts[largest : largest + 1] = [rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]]
+    return parts
+
+
+def cut(batch: TrainBatch, rows: np.ndarray, device: torch.device, pad_to: int = PAD_TO) -> MicroBatch:
+    """These rows on the device, as long as the longest of them needs; a row without a token if there are none."""
+    width = batch.tokens.shape[1]
+    length = min(width, _round_up(int(used_lengths(batch)[rows].max(initial=1)), pad_to))
+
+    def take(array: np.ndarray) -> Tensor:
+        taken = array[rows, :length] if array.ndim == 2 else array[rows]
+        if not len(rows):
+            taken = np.zeros((1, *taken.shape[1:]), taken.dtype)
+        return torch.from_numpy(taken).to(device)
+
+    def optional(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else take(array)
+
+    inside = batch.loss_mask[rows, :length] > 0
+    inside[:, :1] = False  # the first token of all is given
+    return MicroBatch(
+        rows=rows,
+        tokens=take(batch.tokens),
+        sampled=torch.from_numpy(np.flatnonzero(inside)).to(device),
+        mask=take(batch.loss_mask),
+        advantages=take(batch.advantages),
+        rollout_logprobs=take(batch.rollout_logprobs),
+        old_logprobs=optional(batch.old_logprobs),
+        ref_logprobs=optional(batch.ref_logprobs),
+        weights=optional(batch.weights),
+    )
+
+
+def _round_up(length: int, unit: int) -> int:
+    return -(-length // unit) * unit

@@ -24,6 +24,12 @@ def positions(length: int, group: dist.ProcessGroup, device: torch.device, rank:
     return whole.view(2 * size, -1)[[rank, 2 * size - 1 - rank]].flatten()
 
 
+def places(length: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """int64 [length]: where this rank holds each position of the sequence among its own; -1 where it does not."""
+    held = positions(length, group, device)
+    return torch.full((length,), -1, device=device).index_copy(0, held, torch.arange(len(held), device=device))
+
+
 def gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[S / ranks, …] of each rank -> [S, …] in the sequence's order, on every rank.
 

@@ -140,7 +140,7 @@ def check_run(config: Config, layout: Layout, data_parallel_size: int, has_exper
         ("model.micro_batch_size", model.micro_batch_size),
         ("model.grpo.forward_micro_batch_size", model.grpo.forward_micro_batch_size or model.micro_batch_size),
     ):
-        if layout.virtual_pipeline and share // size % pipeline:
+        if layout.virtual_pipeline and not model.dynamic_batching.enabled and share // size % pipeline:
             raise ConfigError(
                 f"{key}={size} cuts the {share} rollouts of a data-parallel rank into {share // size} micro-batches; "
                 f"an interleaved pipeline (virtual_pipeline_model_parallel_size={layout.virtual_pipeline}) wants a "

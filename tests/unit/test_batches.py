@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dump import grpo
-from megatron_dump.batches import share_of_draw, split, update_shares
+from megatron_dump.batches import balanced, share_of_draw, split, update_shares
 from megatron_dump.types import Draw
 from tests.unit.curricula import outcomes
 
@@ -73,3 +73,46 @@ def test_every_rollout_that_is_left_trains_once_and_the_loss_is_the_mode_s_mean(
         np.testing.assert_allclose(total, whole.global_tokens)
         trained += whole.rows[whole.weights > 0].tolist()
     assert trained == np.flatnonzero(results.kept).tolist()
+
+
+@given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 6))
+def test_every_position_goes_to_one_rank_and_sums_are_balanced(costs, ranks):
+    costs = np.array(costs, np.int64)
+    parts = balanced(costs, ranks)
+    assert len(parts) == ranks and all((np.diff(part) > 0).all() for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(costs)))
+    sums, largest = [int(costs[part].sum()) for part in parts], int(costs.max(initial=0))
+    assert max(sums) - min(sums) <= largest
+    if len(costs) <= 7:
+        assert 3 * ranks * max(sums) <= (4 * ranks - 1) * _best(costs.tolist(), ranks)
+
+
+def _best(costs: list[int], ranks: int) -> int:
+    """The least possible largest sum, by trying everything."""
+    sums = {(0,) * ranks}
+    for cost in costs:
+        sums = {tuple(sorted((*s[:r], s[r] + cost, *s[r + 1 :]))) for s in sums for r in range(ranks)}
+    return min(max(s) for s in sums)
+
+
+@given(SIZES, st.integers(1, 3), st.integers(1, 4), st.sampled_from(grpo.LOSS_AGG_MODES), st.data())
+def test_a_balanced_update_has_the_rollouts_and_weights_of_any_other(sizes, updates, ranks, mode, data):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(groups)
+    lengths, prompts = 1 + np.arange(n) ** 2 % 17, 3 + groups % 5
+    kept = np.array([data.draw(st.booleans()) for _ in range(n)])
+    results = outcomes(0, np.zeros(n, int), np.sin(np.arange(n)), np.ones(n), groups, lengths=lengths, kept=kept)
+    rejected = np.array([g for g in range(len(sizes)) if not kept[groups == g].any()], np.int64)
+    ordinary = update_shares(results, rejected, updates, 1, 0, mode)
+    shares = [update_shares(results, rejected, updates, ranks, r, mode, prompts) for r in range(ranks)]
+    for u, whole in enumerate(ordinary):
+        parts = [of_rank[u] for of_rank in shares]
+        rows = np.concatenate([p.rows for p in parts])
+        order = np.argsort(rows)
+        counts = whole.weights > 0
+        assert np.array_equal(rows[order], whole.rows[counts])
+        assert np.array_equal(np.concatenate([p.weights for p in parts])[order], whole.weights[counts])
+        assert np.array_equal(np.concatenate([p.advantages for p in parts])[order], whole.advantages[counts])
+        assert {p.global_tokens for p in parts} == {whole.global_tokens}
+        tokens = [(lengths + prompts)[p.rows].sum() for p in parts]
+        assert max(tokens) - min(tokens) <= (lengths + prompts)[rows].max()

@@ -124,3 +124,18 @@ def test_a_chosen_checkpoint_needs_leave_to_resume():
         schema.load(
             _compose("kk_cpu", "exp_manager.resume_from_checkpoint=x/step_1", "exp_manager.resume_if_exists=false")
         )
+
+
+def test_dynamic_micro_batches_need_no_even_shares_but_room_for_the_longest_rollout():
+    overrides = ["model.global_batch_size=32", "model.dynamic_batching.enabled=true"]
+    config = schema.load(_compose("kk_cpu", *overrides))
+    schema.check_world(config, 8, 3)
+    config.model.dynamic_batching.train_mb_tokens = 256
+    schema.check_budget(config, 64)  # with max_length 192
+    for key in ("train", "logprob"):
+        config.model.dynamic_batching.train_mb_tokens = 263 if key == "train" else 264
+        config.model.dynamic_batching.logprob_mb_tokens = 263
+        with pytest.raises(schema.ConfigError, match=f"{key}_mb_tokens=263: .* 65 tokens, .* 264 tokens, padded"):
+            schema.check_budget(config, 65)
+    config.model.dynamic_batching.enabled = False
+    schema.check_budget(config, 65)

@@ -1,4 +1,4 @@
-"""Advantages, loss and log-probabilities against independent computations."""
+"""Advantages and loss against independent computations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import statistics
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dump import config, grpo
-from megatron_dump.actor.logprobs import vocab_parallel_logprobs
-from tests.distributed.launch import run_ranks
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.randoms())
@@ -90,32 +87,6 @@ def test_clipping_stops_the_gradient_only_where_it_should():
     loss.backward()
     assert (logprobs.grad[:, 0] != 0).tolist() == [False, True, True, False]
     assert metrics["actor/pg_clipfrac"] == 2
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_vocab_parallel_logprobs_equal_a_dense_softmax(size):
-    """Values, entropy and gradients; 13 of 16 columns are vocabulary, the rest padding."""
-    torch.manual_seed(1)
-    logits, targets, weight = torch.randn(3, 4, 16) * 3, torch.randint(0, 13, (3, 4)), torch.randn(3, 4)
-    dense = logits[..., :13].clone().requires_grad_()
-    distribution = torch.distributions.Categorical(logits=dense / 0.7)
-    expected = distribution.log_prob(targets)
-    (expected * weight).sum().backward()
-
-    def rank():
-        r = dist.get_rank()
-        own = logits.chunk(size, -1)[r].clone().requires_grad_()
-        logprobs, entropy = vocab_parallel_logprobs(own, targets, dist.group.WORLD, r, 13, temperature=0.7)
-        (logprobs * weight).sum().backward()
-        return logprobs.detach(), entropy, own.grad
-
-    results = run_ranks(rank, size)
-    for logprobs, entropy, _ in results:
-        torch.testing.assert_close(logprobs, expected.detach())
-        torch.testing.assert_close(entropy, distribution.entropy().detach())
-    gradient = torch.cat([g for *_, g in results], -1)
-    torch.testing.assert_close(gradient[..., :13], dense.grad)
-    assert not gradient[..., 13:].any()
 
 
 ROLLOUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=12)

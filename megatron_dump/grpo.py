@@ -100,35 +100,33 @@ def policy_loss(
     outside = mask == 0
     empty = outside.all(dim=1)
 
-    def inside(values: Tensor | None, option: str, argument: str) -> Tensor:
-        if values is None:
-            raise ValueError(f"{option} is set, but there are no {argument}")
+    def inside(values: Tensor) -> Tensor:
         # A masked value may be anything: an infinite ratio there would make 0 × inf = NaN of the loss.
         return values.masked_fill(outside, 0.0)
 
-    logprobs = inside(logprobs, "loss_mode", "logprobs")
-    old_logprobs = inside(old_logprobs, "loss_mode", "old_logprobs")
+    logprobs, old_logprobs = inside(logprobs), inside(old_logprobs)
     advantages = advantages.masked_fill(empty, 0.0)[:, None]
     weighted = mask if weights is None else mask * weights.masked_fill(empty, 0.0)[:, None]
     objective_of = _cispo if options.loss_mode == "cispo" else _clipped
     objective, clipped = objective_of(logprobs, old_logprobs, advantages, mask, options)
     metrics = {f"actor/{name}": (where * mask).sum() for name, where in clipped.items()}
     if options.importance_sampling_cap is not None:
-        rollout_logprobs = inside(rollout_logprobs, "importance_sampling_cap", "rollout_logprobs")
-        correction, truncated = truncated_ratio(old_logprobs, rollout_logprobs, options.importance_sampling_cap)
+        rollout = inside(_needed(rollout_logprobs, "importance_sampling_cap", "rollout_logprobs"))
+        correction, truncated = truncated_ratio(old_logprobs, rollout, options.importance_sampling_cap)
         objective = objective * correction
         metrics |= zip(_CORRECTION, ((correction * mask).sum(), (truncated * mask).sum()), strict=True)
     pg_loss = -(objective * weighted).sum()
     loss = pg_loss
     if options.kl_penalty > 0:
-        ref_logprobs = inside(ref_logprobs, "kl_penalty", "ref_logprobs")
-        kl = (kl_estimate(logprobs, ref_logprobs, options.kl_penalty_type) * weighted).sum()
+        reference = inside(_needed(ref_logprobs, "kl_penalty", "ref_logprobs"))
+        kl = (kl_estimate(logprobs, reference, options.kl_penalty_type) * weighted).sum()
         loss = loss + options.kl_penalty * kl
         metrics["actor/kl_loss"] = kl
     if options.entropy_bonus > 0:
-        if entropy is not None and logprobs.requires_grad and not entropy.requires_grad:
+        spread = _needed(entropy, "entropy_bonus", "entropy")
+        if logprobs.requires_grad and not spread.requires_grad:
             raise ValueError("entropy_bonus is set, but the entropy carries no gradient")
-        loss = loss - options.entropy_bonus * (inside(entropy, "entropy_bonus", "entropy") * weighted).sum()
+        loss = loss - options.entropy_bonus * (inside(spread) * weighted).sum()
     metrics |= {"actor/pg_loss": pg_loss, "actor/loss": loss}
     return loss / denominator, {name: value.detach() for name, value in metrics.items()}
 
@@ -180,6 +178,12 @@ def _cispo(
     ratio = _exp(logprobs - old_logprobs).detach()
     clipped = ratio.clamp(1 - options.ratio_eps_low, 1 + options.ratio_eps_high)
     return clipped * advantages * logprobs, {"pg_clipfrac": ratio != clipped}
+
+
+def _needed(values: Tensor | None, option: str, argument: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"{option} is set, but there are no {argument}")
+    return values
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

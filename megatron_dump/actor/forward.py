@@ -27,8 +27,8 @@ def run_schedule(
 ) -> list[dict[str, Any]]:
     """What `loss_of` reported of each micro-batch, on the last stage; an empty list on the others.
 
-    `models` are the chunks of this stage. `loss_of` is given the last hidden states [S / context-parallel size, B, H] of
-    this rank's positions of the sequence and returns the loss of the whole micro-batch, the same on all tensor and
+    `models` are the chunks of this stage. `loss_of` is given the last hidden states [S / context-parallel size, B, H]
+    of this rank's positions of the sequence and returns the loss of the whole micro-batch, the same on all tensor and
     context ranks, and its report. An interleaved pipeline takes micro-batches of one shape.
     """
 

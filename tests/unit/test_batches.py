@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dump import grpo
@@ -19,6 +19,7 @@ def draw_of(sizes: list[int]) -> Draw:
     return Draw(0, np.arange(n), np.zeros(n, np.int64), np.array(sizes), np.ones(1), first_group=5)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 5), st.integers(1, 7))
 def test_split_deals_everything_out_in_order_and_evenly(n, updates, ranks):
     parts = split(n, updates, ranks)
@@ -32,6 +33,7 @@ def test_split_deals_everything_out_in_order_and_evenly(n, updates, ranks):
         assert np.array_equal(np.concatenate(update), alone)  # an update's rollouts do not depend on the ranks
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 4), st.integers(1, 5))
 def test_ranks_generate_every_sample_of_ragged_groups_once_and_what_they_train(sizes, updates, ranks):
     draw, everything = draw_of(sizes), []
@@ -45,6 +47,7 @@ def test_ranks_generate_every_sample_of_ragged_groups_once_and_what_they_train(s
     assert sorted(everything) == sorted(positions)
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 3), st.integers(1, 4), st.sampled_from(grpo.LOSS_AGG_MODES), st.data())
 def test_every_rollout_that_is_left_trains_once_and_the_loss_is_the_mode_s_mean(sizes, updates, ranks, mode, data):
     groups = np.repeat(np.arange(len(sizes)), sizes)

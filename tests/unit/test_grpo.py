@@ -9,12 +9,13 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dump import config, grpo
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5), st.randoms())
 def test_advantages_equal_the_textbook(groups, random):
     pairs = [(label, reward) for label, rewards in enumerate(groups) for reward in rewards]
@@ -28,6 +29,57 @@ def test_advantages_equal_the_textbook(groups, random):
         else:
             expected = (reward - statistics.fmean(group)) / (statistics.stdev(group) + 1e-6)
             assert advantage == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+REWARDS = st.lists(st.lists(st.integers(-30, 30), min_size=1, max_size=6), min_size=1, max_size=5)
+ESTIMATES = st.tuples(st.booleans(), st.sampled_from(grpo.ADVANTAGE_ESTIMATORS))
+
+
+def _advantages(groups: list[list[float]], normalize: bool, estimator: str, eps: float = 1e-6) -> torch.Tensor:
+    labels = [label for label, rewards in enumerate(groups) for _ in rewards]
+    rewards = torch.tensor([r for rewards in groups for r in rewards], dtype=torch.float64)
+    return grpo.group_advantages(rewards, torch.tensor(labels), normalize, eps, estimator)
+
+
+@settings(deadline=None)
+@given(REWARDS)
+def test_rloo_leaves_each_rollout_out_of_its_own_baseline(groups):
+    """Its definition, sample by sample; and with the std, grpo's times n / (n - 1)."""
+    ours = iter(_advantages(groups, False, "rloo").tolist())
+    for group in groups:
+        for i, reward in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            expected = reward - statistics.fmean(others) if others else 0.0
+            assert next(ours) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    factor = torch.tensor([len(g) / max(len(g) - 1, 1) for g in groups for _ in g], dtype=torch.float64)
+    torch.testing.assert_close(_advantages(groups, True, "rloo"), _advantages(groups, True, "grpo") * factor)
+
+
+@settings(deadline=None)
+@given(REWARDS, ESTIMATES, st.integers(-50, 50), st.randoms())
+def test_advantages_sum_to_zero_forget_a_shift_and_follow_an_order(groups, estimate, shift, random):
+    ours = _advantages(groups, *estimate)
+    for part in ours.split([len(group) for group in groups]):
+        assert part.sum().abs() < 1e-7
+    shifted = [[reward + shift * label for reward in group] for label, group in enumerate(groups)]  # each its own
+    torch.testing.assert_close(_advantages(shifted, *estimate), ours, rtol=1e-7, atol=1e-7)
+    order = list(range(len(ours)))
+    random.shuffle(order)
+    rewards = torch.tensor([r for group in groups for r in group], dtype=torch.float64)[order]
+    labels = torch.tensor([label for label, group in enumerate(groups) for _ in group])[order]
+    shuffled = grpo.group_advantages(rewards, labels, estimate[0], estimator=estimate[1])
+    torch.testing.assert_close(shuffled, ours[order], rtol=1e-7, atol=1e-7)
+
+
+@settings(deadline=None)
+@given(REWARDS, st.sampled_from(grpo.ADVANTAGE_ESTIMATORS), st.floats(0.1, 10))
+def test_only_the_std_forgets_the_scale_of_rewards(groups, estimator, scale):
+    scaled = [[reward * scale for reward in group] for group in groups]
+    plain = _advantages(groups, False, estimator)
+    torch.testing.assert_close(_advantages(scaled, False, estimator), plain * scale, rtol=1e-9, atol=1e-9)
+    varied = torch.tensor([len(set(group)) > 1 for group in groups for _ in group])
+    ours, theirs = (_advantages(rewards, True, estimator, eps=0.0)[varied] for rewards in (scaled, groups))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_a_two_valued_reward_has_the_learnability_of_the_paper():
@@ -92,6 +144,7 @@ def test_clipping_stops_the_gradient_only_where_it_should():
 ROLLOUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(ROLLOUTS, st.sampled_from(grpo.LOSS_AGG_MODES))
 def test_loss_weights_are_the_means_they_are_called(rollouts, mode):
     """The weighted token sum over the number of tokens equals the nested means, written out."""
@@ -118,6 +171,7 @@ def test_the_loss_counts_a_row_as_often_as_its_weight_says():
     assert weighted.item() == pytest.approx(2 * first.item())
 
 
+@settings(deadline=None)
 @given(ROLLOUTS, st.sampled_from(grpo.LOSS_AGG_MODES))
 def test_empty_rollouts_count_nowhere_and_change_no_other_weight_s_share(rollouts, mode):
     groups, lengths = np.array(rollouts).T

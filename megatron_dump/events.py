@@ -23,7 +23,7 @@ def dropped(step: int, outcomes: Outcomes, sources: Sequence[str]) -> list[Event
     return [
         _event(step, "dropped", sources[k], f"{counts[k]} rollouts without a finite reward: dropped, nothing learns "
                "from them; look at the source's reward function")
-        for k in np.flatnonzero(counts).tolist()
+        for k in map(int, np.flatnonzero(counts))
     ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from megatron_dump.actor import batching, parallel
 
 
 def beside_plain(name: str, shape: problem.Shape, repeats: int, grid: parallel.Parallel) -> None:
-    """Milliseconds of a step, and ratios of the medians, on the same micro-batches in fp32."""
+    """Milliseconds of a step, and medians of the ratios of paired steps, on the same micro-batches in fp32."""
     device = grid.device
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)

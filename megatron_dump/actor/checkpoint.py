@@ -32,7 +32,7 @@ from megatron_dump.distributed import all_gather_array, fail_together
 class _Pending:
     step: int
     partial: pathlib.Path
-    state: dict[str, Any]
+    state: str  # as JSON: what it is made of goes on changing
     write: Write
 
 
@@ -82,17 +82,17 @@ class Checkpoints:
         """
         self.wait()
         parallel, partial = self.actor.parallel, self.folder / f"step_{step}.partial"
+        actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
         with fail_together(f"checkpoint of step {step}", device=parallel.device):
+            text = json.dumps({"step": step, "actor": actor, "resumed_from": self._origin, **state})
             if parallel.rank == 0:
                 files.start(self.folder, step)
-        actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
-        full = {"step": step, "actor": actor, "resumed_from": self._origin, **state}
         random = {"layout": self._layout(), **random_state.capture()}
         live = self._live() if self.params.async_save else []
         tensors = sharded_state(self.actor, is_loading=False)
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         write = Write(partial, tensors, random, parallel.rank, replicas, live)
-        self._pending = _Pending(step, partial, full, write)
+        self._pending = _Pending(step, partial, text, write)
         if self.params.async_save:
             write.start()
         else:
@@ -153,7 +153,7 @@ class Checkpoints:
         """
         path, state = self._path(step), self.state(step)
         loaded = dist_checkpointing.load(sharded_state(self.actor, is_loading=True), str(path / "model"))
-        restore_state(self.actor, loaded)
+        restore_state(self.actor, loaded, state["actor"]["version"])
         self.actor.scheduler.num_steps = 0  # megatron-core adds the saved steps to it
         self.actor.scheduler.load_state_dict(state["actor"]["scheduler"])
         self.actor.version = state["actor"]["version"]

@@ -22,7 +22,7 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -81,13 +81,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def publish(partial: pathlib.Path, step: int, state: Mapping[str, Any], written: Entries) -> pathlib.Path:
+def publish(partial: pathlib.Path, step: int, state: str, written: Entries) -> pathlib.Path:
     """Turn what all ranks have written into step_<step>.
 
-    written: of the files that ranks have written and synchronised; the others are this process's own.
+    state: JSON; written: of the files that ranks have written and synchronised; the others are this process's own.
     OSError when a file is not there or has another size: a folder that not all nodes share.
     """
-    write_text(partial / STATE, json.dumps(state))
+    write_text(partial / STATE, state)
     own = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
     for name in own:
         if name not in written:

@@ -33,16 +33,35 @@ def sharded_state(actor: MegatronGPTGRPOActor, is_loading: bool) -> dict[str, An
         for part in parts:
             stack.enter_context(_padding_kept(part))
         optimizer = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+    if not isinstance(parts[0], DistributedOptimizer):
+        return {**state, "optimizer": optimizer}
+    tensors = [found["param_state"] for found in ([optimizer] if len(parts) == 1 else optimizer.values())]
     if not is_loading:
-        for i, part in enumerate(parts):
-            _verify(part, optimizer if len(parts) == 1 else optimizer[i])
-    return {**state, "optimizer": optimizer}
+        for part, found in zip(parts, tensors, strict=True):
+            _verify(part, found)
+    # How many optimizers there are depends on the expert parallel size: their tensors alone, known by name, are kept.
+    return {**state, "optimizer": dict(enumerate(tensors))}
 
 
-def restore_state(actor: MegatronGPTGRPOActor, loaded: dict[str, Any]) -> None:
+def restore_state(actor: MegatronGPTGRPOActor, loaded: dict[str, Any], version: int) -> None:
+    """Put back what dist_checkpointing loaded; `version`: optimizer steps taken, the step of Adam's bias correction.
+
+    Learning rate and weight decay are the scheduler's to restore; the other options are the configuration's.
+    """
     for name, module in _chunks(actor):
         module.load_state_dict(loaded[name])
-    actor.optimizer.load_state_dict(loaded["optimizer"])
+    parts = optimizer_parts(actor.optimizer)
+    if not isinstance(parts[0], DistributedOptimizer):
+        actor.optimizer.load_state_dict(loaded["optimizer"])
+        return
+    for i, part in enumerate(parts):
+        own = part.state_dict()
+        for group in own["optimizer"]["param_groups"]:
+            group.pop("step", None)
+            if version:
+                group["step"] = version
+        sharding = _OPTIMIZER_FORMAT["distrib_optim_sharding_type"]
+        part.load_state_dict({**own, "param_state": loaded["optimizer"][i], "param_state_sharding_type": sharding})
 
 
 def _chunks(actor: MegatronGPTGRPOActor) -> list[tuple[str, torch.nn.Module]]:
@@ -99,14 +118,12 @@ def _gather(part: Any, use_gloo_comm: bool = False, empty_data: bool = False, re
     return state
 
 
-def _verify(part: Any, state: dict[str, Any]) -> None:
+def _verify(part: Any, state: dict[int, Any]) -> None:
     """RuntimeError unless the master weights to be saved are the model's weights, where buckets could mix them up."""
-    if not isinstance(part, DistributedOptimizer):
-        return
     several = [(p, len(buffer.buckets) > 1) for buffer in part.buffers for p in buffer.param_index_map]
     for i in (i for i, (_, is_one_of_several) in enumerate(several) if is_one_of_several):
         parameter = several[i][0]
-        master = state["param_state"][i]["param"]
+        master = state[i]["param"]
         if not torch.equal(master.data.to(parameter), parameter.data):
             raise RuntimeError(
                 f"checkpoint: the optimizer's {master.key} is not the model's weight; this version of "

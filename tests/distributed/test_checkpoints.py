@@ -167,9 +167,11 @@ def test_training_goes_on_while_files_are_written(model, tmp_path):
         store = Checkpoints(tmp_path, actor, background)
         step(actor, 0)
         saved = digest(actor)
-        store.save(1, {})
+        state = {"learnt": [1]}
+        store.save(1, state)
         for seed in range(1, 4):
             step(actor, seed)
+            state["learnt"].append(seed)
             assert not store.poll() and store.latest() is None
         disk.set()
         store.wait()
@@ -178,7 +180,7 @@ def test_training_goes_on_while_files_are_written(model, tmp_path):
 
     def load():
         actor = make_actor(model)
-        Checkpoints(tmp_path, actor).load(1)
+        assert Checkpoints(tmp_path, actor).load(1)["learnt"] == [1]
         return digest(actor)
 
     assert run_ranks(save, 2) == run_ranks(load, 2)

@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_dump import evaluate, events
 from megatron_dump.batches import UpdateShare, update_shares
 from megatron_dump.collect import Collector, Rollouts, sample_rows
-from megatron_dump.config import GRPOConfig
+from megatron_dump.config import GRPOConfig, refuse_changes
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
+from megatron_dump.protocols import Actor, Store
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
 from megatron_dump.stopwatch import Stopwatch
-from megatron_dump.types import Completion, Outcomes, TrainBatch
-
-
-class Actor(Protocol):
-    """The policy that is trained."""
-
-    version: int
-
-    def make_batch(self, prompts: Sequence[np.ndarray], completions: Sequence[Completion], advantages: np.ndarray,
-                   global_tokens: float, weights: np.ndarray | None = None,
-                   n_rows: int | None = None) -> TrainBatch: ...  # fmt: skip
-
-    def compute_logprobs(self, batch: TrainBatch, reference: bool = False) -> np.ndarray | None: ...
-
-    def train_step(self, batch: TrainBatch) -> dict[str, float]: ...
-
-    def generating(self) -> contextlib.AbstractContextManager[None]: ...
-
-    def memory_usage(self) -> dict[str, float]: ...
-
-    def memory_report(self) -> list[str]: ...
-
-
-class Store(Protocol):
-    """Where checkpoints are kept."""
-
-    def latest(self) -> int | None: ...
-
-    def save(self, step: int, state: dict[str, Any]) -> Any: ...
-
-    def poll(self) -> bool: ...
-
-    def wait(self) -> None: ...
-
-    def state(self, step: int) -> dict[str, Any]: ...
-
-    def load(self, step: int) -> dict[str, Any]: ...
+from megatron_dump.types import Outcomes, TrainBatch
 
 
 @dataclasses.dataclass
@@ -240,7 +204,7 @@ class GRPOTrainer:
             return False
         state = self.checkpoints.state(latest)
         may_change = self.config.curriculum.resume_changed == "allow"
-        notes = _refuse_changes(state["settings"], self.settings, may_change)
+        notes = refuse_changes(state["settings"], self.settings, may_change)
         notes += self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
         self.checkpoints.load(latest)
@@ -255,22 +219,6 @@ class GRPOTrainer:
                 changed = {"curriculum": self.curriculum.state_dict(), **self.curriculum.header()}
                 self.monitor.log_curriculum({"step": latest + 1, "event": "changed", **changed})
         return True
-
-
-def _refuse_changes(saved: dict[str, Any], here: dict[str, Any], new_sources: bool) -> list[str]:
-    """ValueError if settings differ; with `new_sources` rewards may, for these need theirs: a line each."""
-    notes = []
-    for key in sorted(saved.keys() | here.keys()):
-        if saved.get(key) == here.get(key):
-            continue
-        if new_sources and key.startswith("model.data.rewards."):
-            notes.append(f"{key} was {saved.get(key)!r}, is {here.get(key)!r}")
-            continue
-        raise ValueError(
-            f"{key}: the checkpoint has {saved.get(key)!r}, this run {here.get(key)!r}; set it back, or choose "
-            "another exp_manager.explicit_log_dir"
-        )
-    return notes
 
 
 def _due(step: int, interval: int, last: int) -> bool:

@@ -24,6 +24,7 @@ LAYER_3 = {"actor", "rollout", "weight_sync"}
 # Unit (a module, or a folder as a whole) -> units of the package that it may import, besides itself.
 UNITS: dict[str, set[str]] = {
     "types": set(),
+    "protocols": {"types"},
     "config": set(),
     "curriculum": {"types"},
     "rewards": {"types"},
@@ -45,7 +46,7 @@ UNITS: dict[str, set[str]] = {
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
-    "trainer": LOW | LAYER_3 | {"evaluate", "collect", "kl_reward"},
+    "trainer": LOW | LAYER_3 | {"protocols", "evaluate", "collect", "kl_reward"},
     "evaluate": LOW | LAYER_3,
     "assemble": LOW | LAYER_3 | {"trainer", "evaluate", "collect", "kl_reward"},
     "integrations": {"types", "curriculum", "rewards"},
@@ -55,6 +56,7 @@ PURE = {"advantages", "kl", "grpo"}  # no collectives
 # Units that may know only these third-party packages; the others are held by ONLY_IN below.
 THIRD_PARTY: dict[str, set[str]] = {
     "types": {"numpy"},
+    "protocols": {"numpy"},
     "config": {"omegaconf", "numpy"},
     "curriculum": {"numpy"},
     "rewards": {"numpy", "math_verify", "reasoning_gym"},

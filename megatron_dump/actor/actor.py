@@ -47,12 +47,12 @@ class MegatronGPTGRPOActor:
         self.loss = loss_options(config)
         self.offload_adam_states = model.grpo.offload_adam_states
         self.logprob_chunk_size = model.grpo.logprob_chunk_size
-        self.path = config.pretrained_checkpoint.restore_from_path
-        self.arch = read_architecture(self.path, model.make_vocab_size_divisible_by, parallel.tensor_size)
+        path = config.pretrained_checkpoint.restore_from_path
+        self.arch = read_architecture(path, model.make_vocab_size_divisible_by, parallel.tensor_size)
         self.transformer_config = transformer_config(self.arch, parallel, trainer.precision, model)
         chunks = range(parallel.layout.virtual_pipeline or 1)
         self.modules = [build_model(self.arch, self.transformer_config, parallel, chunk=chunk) for chunk in chunks]
-        convert.load_hf(self.modules, self.arch, parallel, self.path)
+        convert.load_hf(self.modules, self.arch, parallel, path)
         self.reference = ReferenceWeights(self.modules) if trainer.grpo.initial_policy_kl_penalty > 0 else None
         self.models = data_parallel(self.modules, self.transformer_config, model)
         self.optimizer, self.scheduler = build_optimizer(config, self.models)
@@ -163,10 +163,6 @@ class MegatronGPTGRPOActor:
         """What parameters, gradients, optimizer and reference take on each rank, in lines."""
         reference = self.reference.weights if self.reference else None
         return memory.report(memory.held(self.models, self.optimizer, reference), self.parallel.device)
-
-    def save_hf(self, path: str, replace: bool = False) -> None:
-        """Write the policy as a Hugging Face folder, with the tokenizer and dtypes of the one it started from."""
-        convert.save_hf(self.modules, self.arch, self.parallel, path, source=self.path, replace=replace)
 
     def _logprobs(self, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each sampled token given those before it, and the entropy there: [B, T], 0 elsewhere.

@@ -1,7 +1,7 @@
 """The configuration: schema.py declares every key, reading.py reads the YAML, checks.py refuses what cannot run."""
 
 from megatron_dump.config.checks import check_budget, check_world, validate
-from megatron_dump.config.reading import lasting, load, unknown_key
+from megatron_dump.config.reading import lasting, load, refuse_changes, unknown_key
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
     KL_PENALTY_TYPES,
@@ -54,6 +54,7 @@ __all__ = [
     "check_world",
     "lasting",
     "load",
+    "refuse_changes",
     "unknown_key",
     "validate",
 ]

@@ -67,6 +67,22 @@ def lasting(config: Config) -> dict[str, Any]:
     return flat
 
 
+def refuse_changes(saved: dict[str, Any], here: dict[str, Any], new_sources: bool) -> list[str]:
+    """ValueError if settings differ; with `new_sources` rewards may, for these need theirs: a line each."""
+    notes = []
+    for key in sorted(saved.keys() | here.keys()):
+        if saved.get(key) == here.get(key):
+            continue
+        if new_sources and key.startswith("model.data.rewards."):
+            notes.append(f"{key} was {saved.get(key)!r}, is {here.get(key)!r}")
+            continue
+        raise ValueError(
+            f"{key}: the checkpoint has {saved.get(key)!r}, this run {here.get(key)!r}; set it back, or choose "
+            "another exp_manager.explicit_log_dir"
+        )
+    return notes
+
+
 def unknown_key(key: str) -> str:
     """One line for a key the schema does not have, naming the nearest it has."""
     known = _keys(OmegaConf.structured(Config))

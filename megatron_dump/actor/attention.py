@@ -115,6 +115,8 @@ class SDPACoreAttention(MegatronModule):
             mask = self.cache.mask(q.size(2))
             out = self._attend(q, *self.cache.append(self.layer_number, k, v), mask)
         else:
+            if not q.is_cuda:  # torch's CPU kernel is slower on strides than the copies are
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out = self._attend(q, k, v)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 

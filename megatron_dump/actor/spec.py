@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dump.actor.attention import SDPACoreAttention
+from megatron_dump.actor.swiglu import SwiGLUMLP
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -63,6 +64,8 @@ def _local_layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if experts is None:
+        layer.mlp.module = SwiGLUMLP
     return spec
 
 

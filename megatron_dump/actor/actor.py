@@ -187,18 +187,17 @@ class MegatronGPTGRPOActor:
 
     def _micro_batches(self, batch: TrainBatch, size: int, budget: int) -> list[MicroBatch]:
         """Of `size` rows, or under a `budget` of tokens and then as many on every data-parallel rank."""
-        lengths, interleaved = batching.used_lengths(batch), self.parallel.layout.virtual_pipeline
+        lengths = batching.used_lengths(batch)
         if self.dynamic.enabled:
             group, device = self.parallel.data_group, self.parallel.device
             with fail_together("model.dynamic_batching", group, device):
                 parts = batching.under_budget(lengths, budget, self.pad_to)
             n = int(all_gather_array(np.array([len(parts)]), group, device).max())
-            unit = self.parallel.pipeline_size if interleaved else 1
-            parts = batching.split_into(parts, lengths, -(-n // unit) * unit)
+            parts = batching.split_into(parts, lengths, n)
         else:
             parts = batching.equal_rows(lengths, size)
         # The interleaved schedule wants one length.
-        pad_to = batch.tokens.shape[1] if interleaved else self.pad_to
+        pad_to = batch.tokens.shape[1] if self.parallel.layout.virtual_pipeline else self.pad_to
         return [batching.cut(batch, rows, self.parallel.device, pad_to) for rows in parts]
 
     def _reduce(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -135,12 +135,17 @@ def check_model(arch: Architecture, layout: Layout) -> None:
 def check_run(config: Config, layout: Layout, data_parallel_size: int, has_experts: bool) -> None:
     """What a layout asks of batches and generation. ConfigError, one line, with the remedy."""
     model, pipeline = config.model, layout.pipeline
+    if layout.virtual_pipeline and model.dynamic_batching.enabled:
+        raise ConfigError(
+            "model.dynamic_batching.enabled=true: an interleaved pipeline (virtual_pipeline_model_parallel_size="
+            f"{layout.virtual_pipeline}) takes micro-batches of one shape; set one of them to false or null"
+        )
     share = model.global_batch_size // data_parallel_size
     for key, size in (
         ("model.micro_batch_size", model.micro_batch_size),
         ("model.grpo.forward_micro_batch_size", model.grpo.forward_micro_batch_size or model.micro_batch_size),
     ):
-        if layout.virtual_pipeline and not model.dynamic_batching.enabled and share // size % pipeline:
+        if layout.virtual_pipeline and share // size % pipeline:
             raise ConfigError(
                 f"{key}={size} cuts the {share} rollouts of a data-parallel rank into {share // size} micro-batches; "
                 f"an interleaved pipeline (virtual_pipeline_model_parallel_size={layout.virtual_pipeline}) wants a "

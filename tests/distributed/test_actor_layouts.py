@@ -17,6 +17,8 @@ SP = {"sequence_parallel": True}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2, "micro_batch_size": 2}  # as many micro-batches as stages
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 WHOLE_EXPERTS = {"expert_tensor_parallel_size": 1}
+# and log-probabilities of three tokens at a time
+DYNAMIC = {"dynamic_batching": {"enabled": True, "train_mb_tokens": 64}, "grpo": {"logprob_chunk_size": 3}}
 LAYOUTS = {  # model family, ranks, keys of `model:`
     "TP2": ("qwen3", 2, TP2),
     "PP2": ("qwen2", 2, PP2),
@@ -42,6 +44,8 @@ LAYOUTS = {  # model family, ranks, keys of `model:`
     "full recompute, TP2xSPxPP2": ("qwen2", 4, {**FULL, **TP2, **SP, **PP2}),
     "selective recompute": ("qwen2", 1, {"recompute_granularity": "selective"}),
     "full recompute, EP2": ("qwen3_moe", 2, {**FULL, **EP2}),
+    "dynamic micro-batches, TP2xSPxPP2": ("llama", 4, {**TP2, **SP, **PP2, **DYNAMIC}),
+    "dynamic micro-batches, EP2xCP2": ("qwen3_moe", 2, {**EP2, **CP2, **DYNAMIC}),
     "micro-batches of 1": ("qwen2", 1, {"micro_batch_size": 1}),
     "micro-batches of 8": ("qwen2", 1, {"micro_batch_size": 8}),
 }

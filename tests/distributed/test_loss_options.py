@@ -12,6 +12,7 @@ OPTIONS = {
     "gspo": {"loss_mode": "gspo", "ratio_eps_low": 0.05, "ratio_eps_high": 0.08, "ratio_clip_c": 1.1},
     "cispo": {"loss_mode": "cispo", "ratio_eps_low": 1.0, "importance_sampling_cap": 1.05},
     "vanilla": {"ratio_clip_c": 1.2, "importance_sampling_cap": 1.05},
+    "entropy": {"entropy_bonus": 0.3},
 }
 
 
@@ -51,6 +52,11 @@ def test_no_layout_and_no_micro_batch_size_changes_a_loss(model, name):
     first = alone[0]
     assert 0 < first["actor/pg_clipfrac"] < 1
     assert ("actor/pg_clipfrac_lower" in first) == ("ratio_clip_c" in options)
+    if "entropy_bonus" in options:
+        terms = first["actor/pg_loss"] + 0.1 * first["actor/kl_loss"] - 0.3 * first["actor/entropy"]
+        assert first["actor/loss"] == pytest.approx(terms)
+        (without,) = run_ranks(lambda: _train(model, 1, 1, 4, {}, **kl), 1)
+        assert alone[1]["actor/entropy"] > without[1]["actor/entropy"]  # one update has raised it
     if "importance_sampling_cap" in options:
         assert 0 < first["rollout_corr/rollout_is_ratio_fraction_high"] < 1
         assert 0.8 < first["rollout_corr/rollout_is_mean"] < 1.05

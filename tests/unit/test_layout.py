@@ -179,3 +179,9 @@ def test_an_interleaved_pipeline_needs_whole_rounds_of_micro_batches(key):
     message = r"micro_batch_size=8 cuts the 8 rollouts .* into 1 micro-batches; .* multiple of .*=2: change it"
     with pytest.raises(schema.ConfigError, match=message):
         check_run(config, layout_of(config.model), 2, has_experts=False)
+
+
+def test_an_interleaved_pipeline_takes_no_dynamic_micro_batches():
+    config = _config(reshard=True, pp=2, vpp=2, micro_batch_size=1, dynamic_batching={"enabled": True})
+    with pytest.raises(schema.ConfigError, match=r"dynamic_batching\.enabled=true: .*=2\) takes micro-batches of one"):
+        check_run(config, layout_of(config.model), 1, has_experts=False)

@@ -54,7 +54,7 @@ class GRPOTrainer:
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
-        self.monitor.log_events(events.notices(self.step, self.actor.memory_report()))
+        self.monitor.log_events(events.notices(self.step, [self.actor.memory_report()]))
         if self.step == 0 and self.config.run_validation_step_0:
             self.validate()
         while self.step < self.config.max_steps:

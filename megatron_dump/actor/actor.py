@@ -159,8 +159,8 @@ class MegatronGPTGRPOActor:
         """`perf/memory_…`: the largest of all ranks."""
         return memory.usage(self.parallel.device)
 
-    def memory_report(self) -> list[str]:
-        """What parameters, gradients, optimizer and reference take on each rank, in lines."""
+    def memory_report(self) -> str:
+        """What parameters, gradients, optimizer and reference take on each rank, in a line."""
         reference = self.reference.weights if self.reference else None
         return memory.report(memory.held(self.models, self.optimizer, reference), self.parallel.device)
 

@@ -53,19 +53,19 @@ def held(models: Sequence[Any], optimizer: Any, reference: Sequence[Tensor] | No
     ]
 
 
-def report(own: list[int], device: torch.device) -> list[str]:
-    """A line for each run of ranks that hold alike; `own` is this rank's `held`. Collective."""
+def report(own: list[int], device: torch.device) -> str:
+    """One line: what each rank holds, ranks that hold alike together; `own` is this rank's `held`. Collective."""
     sizes = torch.tensor(own, device=device)
     parts = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, sizes)
-    lines, first = [], 0
+    groups, first = [], 0
     for row, ranks in itertools.groupby([part.tolist() for part in parts]):
         last = first + len(list(ranks)) - 1
         who = f"rank {first}" if first == last else f"ranks {first}-{last}, each"
         values = ", ".join(f"{name} {_readable(size)}" for name, size in zip(PARTS, row, strict=True))
-        lines.append(f"memory of {who}: {values} (on the host)")
+        groups.append(f"{who}: {values} (on the host)")
         first = last + 1
-    return lines
+    return f"memory of {'; '.join(groups)}"
 
 
 def _readable(size: int) -> str:

@@ -152,8 +152,9 @@ def test_a_step_without_a_group_worth_training_on_trains_nothing_and_goes_on(dat
     assert [row["train/n_rollouts"] for row in logged] == [96, 96]  # two refills of 32
     assert all("actor/loss" not in row for row in logged)
     events = rows(tmp_path, "events.jsonl")
-    assert [e["step"] for e in events if e["kind"] == "short_batch"] == [1, 2]
-    assert "trains on 0 of 32 rollouts after 2 refills" in events[0]["message"]
+    short = [e for e in events if e["kind"] == "short_batch"]
+    assert [e["step"] for e in short] == [1, 2]
+    assert "trains on 0 of 32 rollouts after 2 refills" in short[0]["message"]
 
 
 def test_rollouts_without_a_finite_reward_are_dropped_and_named(data, tmp_path):

@@ -69,8 +69,8 @@ class Guesser:
     def memory_usage(self) -> dict[str, float]:
         return {}
 
-    def memory_report(self) -> list[str]:
-        return []
+    def memory_report(self) -> str:
+        return "memory: none"
 
 
 class Store:

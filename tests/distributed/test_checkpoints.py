@@ -111,6 +111,38 @@ def test_every_bit_survives_every_layout(model, tmp_path, precision):
         assert torch.equal(first[key], last[key]), key
 
 
+PP2, EP2 = {"pipeline_model_parallel_size": 2}, {"expert_model_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2, "micro_batch_size": 2}
+SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+HOPS = {  # model family; ranks and keys of `model:` of each hop
+    "interleaved": ("qwen2", [(2, VPP2), (1, {}), (4, {**VPP2, "overlap_grad_reduce": True})]),
+    "sequence and context": ("llama", [(2, SP2), (2, {"context_parallel_size": 2}), (2, VPP2)]),
+    "experts": ("qwen3_moe", [(2, EP2), (1, {}), (4, {**EP2, **PP2})]),
+}
+
+
+@pytest.mark.parametrize("name", HOPS)
+def test_every_bit_survives_chunks_sequences_and_experts(tmp_path, name):
+    family, hops = HOPS[name]
+    write_model(str(tmp_path / "model"), family=family)
+
+    def hop(keys: dict, load: int):
+        actor = make_actor(str(tmp_path / "model"), model=keys)
+        store = Checkpoints(tmp_path, actor)
+        if load:
+            store.load(load)
+        else:
+            step(actor, 0)
+        store.save(load + 1, {})
+
+    for i, (world, keys) in enumerate(hops):
+        run_ranks(hop, world, keys, i)
+    first, last = run_ranks(lambda: [whole(tmp_path / f"step_{n}") for n in (1, len(hops))], 1)[0]
+    assert first.keys() == last.keys()
+    for key in first:
+        assert torch.equal(first[key], last[key]), key
+
+
 def test_saved_before_the_first_update(model, tmp_path):
     def save_and_train():
         actor = make_actor(model, 2)

@@ -121,7 +121,7 @@ def build_model(
     layers, interleaved = chunk_layers(config, parallel, chunk), parallel.layout.virtual_pipeline is not None
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, layers),  # pyright: ignore[reportArgumentType]
+        transformer_layer_spec=block_spec(config, layers, parallel.tensor_group),  # pyright: ignore[reportArgumentType]
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.hf.max_position_embeddings,
         pre_process=layers.start == 0,

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -32,8 +33,8 @@ def transformer_engine_runs() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
-    """These layers of the model and its final norm.
+def block_spec(config: TransformerConfig, layers: range, tensor_group: dist.ProcessGroup) -> TransformerBlockSubmodules:
+    """These layers of the model, split over `tensor_group`, and its final norm.
 
     Whatever the implementation, SDPACoreAttention is the core attention: it has the key/value cache that generation on
     the training weights needs, and takes context parallelism.
@@ -41,7 +42,7 @@ def block_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubm
     pattern = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     assert isinstance(pattern, list)
     make = _local_layer if config.transformer_impl == "local" else _transformer_engine_layer
-    kinds = {sparse: make(config, config.num_moe_experts if sparse else None) for sparse in set(pattern)}
+    kinds = {sparse: make(config, config.num_moe_experts if sparse else None, tensor_group) for sparse in set(pattern)}
     return TransformerBlockSubmodules(
         layer_specs=[kinds[pattern[i]] for i in layers],
         layer_norm=_norm(config),  # pyright: ignore[reportArgumentType]
@@ -56,7 +57,7 @@ def _norm(config: TransformerConfig) -> type:
     return TENorm  # pyright: ignore[reportReturnType]
 
 
-def _local_layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, experts: int | None, tensor_group: dist.ProcessGroup) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -65,11 +66,12 @@ def _local_layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if experts is None:
-        layer.mlp.module = SwiGLUMLP
+        # megatron-core hands the group to its own class alone; others would take the process's global one.
+        layer.mlp = ModuleSpec(SwiGLUMLP, {"tp_group": tensor_group}, layer.mlp.submodules)
     return spec
 
 
-def _transformer_engine_layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
+def _transformer_engine_layer(config: TransformerConfig, experts: int | None, _: dist.ProcessGroup) -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )

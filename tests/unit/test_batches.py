@@ -106,8 +106,8 @@ def test_a_balanced_update_has_the_rollouts_and_weights_of_any_other(sizes, upda
     kept = np.array([data.draw(st.booleans()) for _ in range(n)])
     results = outcomes(0, np.zeros(n, int), np.sin(np.arange(n)), np.ones(n), groups, lengths=lengths, kept=kept)
     rejected = np.array([g for g in range(len(sizes)) if not kept[groups == g].any()], np.int64)
-    ordinary = update_shares(results, rejected, updates, 1, 0, mode)
-    shares = [update_shares(results, rejected, updates, ranks, r, mode, prompts) for r in range(ranks)]
+    ordinary = update_shares(results, rejected, updates, 1, 0, mode, 8)
+    shares = [update_shares(results, rejected, updates, ranks, r, mode, 8, prompts) for r in range(ranks)]
     for u, whole in enumerate(ordinary):
         parts = [of_rank[u] for of_rank in shares]
         rows = np.concatenate([p.rows for p in parts])

@@ -15,21 +15,16 @@ from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.checkpoint import Checkpoints
 from megatron_dump.actor.layout import check_layout, check_model, check_run, layout_of
-from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.collect import Collector
 from megatron_dump.config import Config, ConfigError, CurriculumConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import DrawBroadcast, Replica
+from megatron_dump.generators import make_generators
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.rewards import reward_functions
-from megatron_dump.rollout import Generator
-from megatron_dump.rollout.megatron import MegatronGenerator
-from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
-from megatron_dump.rollout.resharded import ReshardedGenerator
-from megatron_dump.rollout.sampling import SamplingOptions
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 
@@ -171,41 +166,6 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[st
     longest = config.model.data.max_prompt_length
     source_key = config.trainer.grpo.curriculum.source_key
     return PromptDataset(files, source_key, encode=encode, max_prompt_length=longest, key=key)
-
-
-def make_generators(
-    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Generator, Generator]:
-    """What training samples from, and what validation does: the latter is always the policy."""
-    model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
-    sampling = model.grpo.sampling_params
-    eos = actor.arch.hf.eos_token_id
-    if eos is None:
-        raise ConfigError(
-            f"pretrained_checkpoint.restore_from_path={config.pretrained_checkpoint.restore_from_path}: config.json "
-            "has no eos_token_id, so no completion would end; add it"
-        )
-    stop_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    options = SamplingOptions(
-        model.grpo.length_params.max_length,
-        stop_ids,
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.use_greedy,
-    )
-    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    policy: Generator = MegatronGenerator(actor, *settings)
-    if backend.reshard:
-        whole = WholePolicy(actor, config.trainer.precision)
-        policy = ReshardedGenerator(MegatronGenerator(whole, *settings), whole)
-    generator = policy
-    if backend.type == "recorded":
-        generator = RecordedGenerator(str(backend.path), tokenizer.decode)
-    if backend.record:
-        writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
-        generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)
-    return generator, policy
 
 
 def make_sampler(config: Config, curriculum: Curriculum, grid: parallel.Parallel) -> MegatronCurriculumBatchSampler:

@@ -48,7 +48,8 @@ UNITS: dict[str, set[str]] = {
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
     "trainer": LOW | LAYER_3 | {"protocols", "evaluate", "collect", "kl_reward"},
     "evaluate": LOW | LAYER_3,
-    "assemble": LOW | LAYER_3 | {"trainer", "evaluate", "collect", "kl_reward"},
+    "generators": LOW | LAYER_3,
+    "assemble": LOW | LAYER_3 | {"trainer", "evaluate", "collect", "kl_reward", "generators"},
     "integrations": {"types", "curriculum", "rewards"},
     "__init__": set(),
 }

@@ -33,3 +33,19 @@ class Generator(Protocol):
         ranks or batches.
         """
         ...
+
+
+class Pending(Protocol):
+    """Completions that are on their way."""
+
+    def result(self) -> list[Completion]:
+        """Waits for them. All ranks of the replica call it, in the order of their `submit`s."""
+        ...
+
+
+class AsyncGenerator(Generator, Protocol):
+    """Generates while its caller does something else."""
+
+    def submit(self, step: int, requests: Sequence[Request]) -> Pending:
+        """Begin `generate`; its completions carry the version of the weights they began with."""
+        ...

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kk.cli import exit_code
 from kk.files import Unread, count_rows
 from kk.importing import Imported, parse_statements, read_puzzles
 from kk.parquet import writing
@@ -158,12 +159,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        convert(parse(argv))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parse(argv)
+    return exit_code(lambda: convert(args))
 
 
 if __name__ == "__main__":

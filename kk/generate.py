@@ -32,6 +32,7 @@ from rich.progress import Progress
 
 from kk import text
 from kk.chunks import Spec
+from kk.cli import exit_code
 from kk.files import writing_text
 from kk.grammar import PUBLISHED, Grammar
 from kk.progress import bar
@@ -151,20 +152,20 @@ def write(stream: Stream, out: Path, progress: Progress) -> None:
     progress.update(task, completed=sum(stream.counts.given.values()))
 
 
+def run(args: argparse.Namespace) -> None:
+    """Write all files. ValueError or OSError, before any is begun where it can be told."""
+    streams(args)
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(Workers(args.workers)) if args.workers > 1 else None
+        progress = stack.enter_context(bar())
+        for stream in streams(args, workers):
+            write(stream, args.out, progress)
+            print(f"people{stream.spec.n}: {stream.counts}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        streams(args)  # nothing is begun before all is checked
-        with contextlib.ExitStack() as stack:
-            workers = stack.enter_context(Workers(args.workers)) if args.workers > 1 else None
-            progress = stack.enter_context(bar())
-            for stream in streams(args, workers):
-                write(stream, args.out, progress)
-                print(f"people{stream.spec.n}: {stream.counts}", flush=True)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

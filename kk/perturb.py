@@ -26,6 +26,7 @@ from typing import Any
 
 from kk import text
 from kk.changes import KINDS, Change, changes
+from kk.cli import exit_code
 from kk.files import Unread, count_rows, writing_text
 from kk.grammar import Statements
 from kk.importing import parse_statements, read_puzzles
@@ -134,6 +135,8 @@ def classes(path: Path) -> frozenset[bytes]:
 
 def run(args: argparse.Namespace) -> None:
     """Write the changed puzzles, and say how many there are. ValueError or OSError when nothing was written."""
+    if args.per_puzzle < 1:
+        raise ValueError(f"--per-puzzle {args.per_puzzle}: must be at least 1")
     known = classes(args.source) if args.new_classes else frozenset()
     n_puzzles = n_changed = n_without = 0
     with contextlib.ExitStack() as stack:
@@ -158,14 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-puzzle", type=int, default=1, help="changes of a puzzle at most (default: %(default)s)")
     parser.add_argument("--new-classes", action="store_true", help="none that is a relabelling of a puzzle of --in")
     args = parser.parse_args(argv)
-    try:
-        if args.per_puzzle < 1:
-            raise ValueError(f"--per-puzzle {args.per_puzzle}: must be at least 1")
-        run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

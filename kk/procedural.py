@@ -26,6 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kk.cli import exit_code
 from kk.parquet import writing
 from kk.progress import bar
 
@@ -206,12 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--instruction", default="", help="text after each question, in the user's message")
     parser.add_argument("--system", default="", help="text of a system message before each question")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
-    try:
-        generate(parser.parse_args(argv))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse_args(argv)
+    return exit_code(lambda: generate(args))
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ VECTORS = pathlib.Path(__file__).resolve().parents[1] / "tests/unit/reference_ve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("library", choices=("trl", "verl"))
+    parser.add_argument("package", choices=("trl", "verl"))
     parser.add_argument("--out", type=pathlib.Path, default=VECTORS, help="folder")
     options = parser.parse_args()
-    cases = importlib.import_module(f"reference_vectors.{options.library}_cases")
+    cases = importlib.import_module(f"reference_vectors.{options.package}_cases")
     head = {
-        "library": options.library,
-        "version": importlib.metadata.version(options.library),
+        "package": options.package,
+        "version": importlib.metadata.version(options.package),
         "torch": importlib.metadata.version("torch"),
         "python": platform.python_version(),
         "seed": SEED,
-        "made_by": f"python tools/make_reference_vectors.py {options.library}",
+        "made_by": f"python tools/make_reference_vectors.py {options.package}",
     }
     body = {"batches": losses_batches(), "advantages": cases.advantages(), **cases.losses()}
-    path = options.out / f"{options.library}.json"
+    path = options.out / f"{options.package}.json"
     path.write_text(as_json({**head, **body}))
     print(f"{path}: {path.stat().st_size} bytes, {sum(len(v) for v in body.values())} entries")
 

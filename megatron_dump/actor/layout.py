@@ -23,6 +23,18 @@ class Layout:
     sequence: bool = False  # activations between tensor-parallel regions are split along the sequence
 
     @property
+    def sizes(self) -> dict[str, int | None]:
+        """The same by megatron-core's names, for TransformerConfig and initialize_model_parallel."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline,
+            "context_parallel_size": self.context,
+            "expert_model_parallel_size": self.expert,
+            "expert_tensor_parallel_size": self.expert_tensor,
+        }
+
+    @property
     def replica_size(self) -> int:
         """Ranks that together hold one copy of the model and work on the same rollouts."""
         return self.tensor * self.pipeline * self.context

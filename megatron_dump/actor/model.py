@@ -49,12 +49,7 @@ def transformer_config(
         qk_layernorm=arch.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **layout.sizes,
         sequence_parallel=layout.sequence,
         pipeline_dtype=dtype,
         # Micro-batches are as long as their rows need; the interleaved schedule wants them all alike.

@@ -6,19 +6,7 @@ import pathlib
 
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_dump.actor import convert, parallel
 from megatron_dump.actor.architecture import Architecture, read_architecture
@@ -30,15 +18,15 @@ _SIZES = dict(
 )  # fmt: skip
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, norm_topk_prob=True)
 FAMILIES = {
-    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    "qwen2-untied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 10}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 10}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
     "qwen3-moe": (
-        Qwen3MoeConfig, Qwen3MoeForCausalLM, {**_EXPERTS, "head_dim": 10, "mlp_only_layers": [1]},
+        "qwen3_moe", {**_EXPERTS, "head_dim": 10, "mlp_only_layers": [1]},
     ),
     "qwen2-moe": (
-        Qwen2MoeConfig, Qwen2MoeForCausalLM, {**_EXPERTS, "shared_expert_intermediate_size": 14},
+        "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 14},
     ),
 }  # fmt: skip
 DENSE = [name for name in FAMILIES if not name.endswith("moe")]
@@ -49,8 +37,9 @@ def write_family(
 ) -> PreTrainedModel:
     """Random weights with a generation_config.json and a stand-in for a tokenizer."""
     torch.manual_seed(len(family))
-    config, model_class, options = FAMILIES[family]
-    model = model_class(config(**{**_SIZES, **options, **sizes})).to(dtype)
+    model_type, options = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **{**_SIZES, **options, **sizes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):  # transformers starts them at 1 and 0, which would hide mistakes
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)

@@ -5,19 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_dump import config as schema
 from megatron_dump.actor import parallel
@@ -31,15 +19,15 @@ STOP = 0
 
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 FAMILIES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "llama": ("llama", {}),
     "qwen3_moe": (
-        Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        "qwen3_moe",
         {**_EXPERTS, "norm_topk_prob": True, "head_dim": 16, "mlp_only_layers": [2]},
     ),
     "qwen2_moe": (
-        Qwen2MoeConfig, Qwen2MoeForCausalLM,
+        "qwen2_moe",
         {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
     ),
 }  # fmt: skip
@@ -48,15 +36,14 @@ FAMILIES = {
 def write_model(path: str, seed: int = 0, tied: bool = True, family: str = "qwen2") -> PreTrainedModel:
     """A random model as a Hugging Face folder, and as transformers has it."""
     torch.manual_seed(seed)
-    config, model_class, options = FAMILIES[family]
-    model = model_class(
-        config(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-            eos_token_id=STOP, bos_token_id=None, initializer_range=0.2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **options,
-        )
+    model_type, options = FAMILIES[family]
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6,
+        tie_word_embeddings=tied, eos_token_id=STOP, bos_token_id=None, initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **options,
     )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):  # HF starts them at 1 and 0, which would hide mistakes
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)

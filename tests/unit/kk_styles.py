@@ -1,9 +1,15 @@
-"""Ways to write the answer to a puzzle of Knights and Knaves: each takes [(name, role), …] and says just that."""
+"""Ways to write the answer to a puzzle of Knights and Knaves: each takes [(name, role), …] and says just that.
+
+And one puzzle, judged.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+
+from megatron_dump.rewards import kk
+from megatron_dump.types import Score
 
 Roles = Sequence[tuple[str, str]]
 
@@ -106,3 +112,17 @@ STYLES: dict[str, Callable[[Roles], str]] = {
     "groups in lines": grouped("**{Roles}:**\n- {people}\n", "\n- "),
     "padded": lambda roles: f"\n\n   {sentence(roles)}  \n\t ",
 }
+
+
+PEOPLE = [("Zoey", "knave"), ("Oliver", "knight"), ("Sam", "knight")]
+RIGHT = dict(PEOPLE)
+CLAUSES = clauses(PEOPLE)
+TRUTH = ground_truth(PEOPLE)
+
+
+def judge(answer: str, truth: str = TRUTH) -> Score:
+    return kk.kk_reward(f"<think>so</think>\n<answer>{answer}</answer>", truth)
+
+
+def totals(score: Score) -> tuple[float, bool, bool]:
+    return score.reward, score.correct, score.well_formed

@@ -54,10 +54,10 @@ def _same_gradients(ours: dict[str, torch.Tensor], case: dict, atol: float = 1e-
             assert gradient is None, name
 
 
-def test_every_file_names_its_library_and_version():
+def test_every_file_names_its_package_and_version():
     assert VECTORS.keys() == {"trl", "verl"}
     for name, vectors in VECTORS.items():
-        assert vectors["library"] == name
+        assert vectors["package"] == name
         assert all(part.isdigit() for part in vectors["version"].split("."))
         assert vectors["torch"] and vectors["made_by"].startswith("python tools/make_reference_vectors.py")
 

@@ -275,8 +275,10 @@ def test_threads_that_made_the_processes_may_end():
         assert pids(rewards) == first
 
 
+# A shell without job control starts its background jobs with SIGINT ignored, and a test run may be one.
 PARENT = """
-import json, os, sys, threading, time
+import json, os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megatron_dump.rewards.workers import Job, RewardPool
 {before}
 pool = RewardPool({{"*": "tests.unit.faulty_rewards:obey"}}, ["a"], workers=2, timeout_s=600)

@@ -25,6 +25,7 @@ from megatron_dump.generators import make_generators
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.rewards import reward_functions
+from megatron_dump.rollout.eager import SharedWeights
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 
@@ -61,6 +62,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         blocks_of(grpo.curriculum),
         train.fingerprint,
         max_steps=grpo.max_steps,
+        max_staleness=grpo.max_staleness,
     )
     grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
@@ -81,6 +83,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         use_reference=grpo.initial_policy_kl_penalty > 0,
         owns_curriculum=grid.rank == 0,
         actor=actor,
+        weight_sync=SharedWeights(),
         collector=Collector(
             generator=generator,
             scorer=Scorer(model.data.rewards, sources, replica, **vars(model.data.reward_workers)),

@@ -16,7 +16,7 @@ from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, agree
 from megatron_dump.gather import digest, gather_outcomes
-from megatron_dump.rollout import Generator, Request
+from megatron_dump.rollout import AsyncGenerator, Pending, Request
 from megatron_dump.scoring import Scorer, local_outcomes
 from megatron_dump.types import Completion, Draw, Outcomes, Prompt, Score
 
@@ -54,11 +54,20 @@ class Rollouts:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A round that is being generated."""
+
+    draw: Draw
+    prompts: dict[int, Prompt]  # by group id, of the groups this replica generates
+    pending: Pending
+
+
 @dataclasses.dataclass
 class Collector:
     """Everything between a draw and its outcomes. Its methods are collectives."""
 
-    generator: Generator
+    generator: AsyncGenerator
     scorer: Scorer
     dataset: PromptDataset
     sampler: MegatronCurriculumBatchSampler
@@ -76,12 +85,18 @@ class Collector:
             for place, first, n in share_of_draw(draw, updates, self.replica.size, self.replica.rank)
         ]
 
-    def roll_out(self, watch: Watch, draw: Draw, is_refill: bool = False) -> Rollouts:
-        """One round: generate, score, gather, advantages. RuntimeError on every rank if ranks hold other outcomes."""
+    def begin(self, watch: Watch, draw: Draw, is_refill: bool = False) -> Begun:
+        """Ask for a round's completions."""
         requests = self.requests(draw, self.updates if draw.train and not is_refill else 1)
-        prompts = {r.group_id: r.prompt for r in requests}
         with watch("gen"):
-            completions = self.generator.generate(draw.step, requests)  # a collective, requests or not
+            pending = self.generator.submit(draw.step, requests)  # a collective, requests or not
+        return Begun(draw, {r.group_id: r.prompt for r in requests}, pending)
+
+    def finish(self, watch: Watch, begun: Begun) -> Rollouts:
+        """Wait for them, score, gather, advantages. RuntimeError on every rank if ranks hold other outcomes."""
+        draw, prompts = begun.draw, begun.prompts
+        with watch("gen"):
+            completions = begun.pending.result()
         with watch("reward"):
             scores = self.scorer.score("reward", completions, prompts)
         with watch("adv"):
@@ -103,7 +118,7 @@ class Collector:
                 draw = self.sampler.refill(rollouts.outcomes.step, latest)
             if draw is None:
                 break
-            more = self.roll_out(watch, draw, is_refill=True)
+            more = self.finish(watch, self.begin(watch, draw, is_refill=True))
             rollouts, latest = rollouts + more, more.rejected
         return rollouts
 

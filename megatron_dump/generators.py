@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.config import Config, ConfigError
-from megatron_dump.rollout import Generator
+from megatron_dump.rollout import AsyncGenerator
+from megatron_dump.rollout.eager import Eager
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
 from megatron_dump.rollout.resharded import ReshardedGenerator
@@ -16,7 +17,7 @@ from megatron_dump.rollout.sampling import SamplingOptions
 
 def make_generators(
     config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Generator, Generator]:
+) -> tuple[AsyncGenerator, AsyncGenerator]:
     """What training samples from, and what validation does: the latter is always the policy."""
     model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
     sampling = model.grpo.sampling_params
@@ -36,13 +37,13 @@ def make_generators(
         sampling.use_greedy,
     )
     settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    policy: Generator = MegatronGenerator(actor, *settings)
+    policy: AsyncGenerator = Eager(MegatronGenerator(actor, *settings))
     if backend.reshard:
         whole = WholePolicy(actor, config.trainer.precision)
-        policy = ReshardedGenerator(MegatronGenerator(whole, *settings), whole)
+        policy = Eager(ReshardedGenerator(MegatronGenerator(whole, *settings), whole))
     generator = policy
     if backend.type == "recorded":
-        generator = RecordedGenerator(str(backend.path), tokenizer.decode)
+        generator = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
     if backend.record:
         writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
         generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)

@@ -202,10 +202,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_later(path: Path, step: int | None) -> None:
-    """Drop a file's lines of steps later than `step`, atomically."""
+    """Drop a file's lines written after step `step` was done, atomically.
+
+    A line was written in its `step`, or, for draws made ahead of it, in that of its `at`.
+    """
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("w") as file:
-        file.writelines(line + "\n" for line, row in _parse_lines(path) if step is None or row["step"] <= step)
+        kept = (line for line, row in _parse_lines(path) if step is None or row.get("at", row["step"]) <= step)
+        file.writelines(line + "\n" for line in kept)
     temporary.replace(path)
 
 

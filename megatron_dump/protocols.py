@@ -31,6 +31,18 @@ class Actor(Protocol):
     def memory_report(self) -> str: ...
 
 
+class WeightSync(Protocol):
+    """Brings the policy's weights to whatever generates. Both are collectives of all ranks."""
+
+    def push(self, version: int) -> None:
+        """Completions that begin from now on are the policy's of now, its `version`."""
+        ...
+
+    def release(self) -> None:
+        """Nothing is generated until the next push: memory that generation holds may go to training."""
+        ...
+
+
 class Store(Protocol):
     """Where checkpoints are kept."""
 

@@ -105,6 +105,8 @@ def step_metrics(outcomes: Outcomes, sources: Sequence[str], max_length: int) ->
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response_length/clip_ratio": ((lengths >= max_length) & ~outcomes.finished).mean(),
+        "rollout/age_mean": outcomes.ages.mean(),
+        "rollout/age_max": outcomes.ages.max(),
     }
     for k, source in enumerate(sources):
         of_source = outcomes.source_ids == k

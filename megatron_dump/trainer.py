@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from megatron_dump import evaluate, events
 from megatron_dump.batches import UpdateShare, update_shares
-from megatron_dump.collect import Collector, Rollouts, sample_rows
+from megatron_dump.collect import Begun, Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig, refuse_changes
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
@@ -19,7 +20,7 @@ from megatron_dump.distributed import Replica, agree, broadcast_array, fail_toge
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
-from megatron_dump.protocols import Actor, Store
+from megatron_dump.protocols import Actor, Store, WeightSync
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
 from megatron_dump.stopwatch import Stopwatch
@@ -38,6 +39,7 @@ class GRPOTrainer:
     use_reference: bool
     owns_curriculum: bool  # rank 0: draws and learns; the others hold a copy that only knows the sources
     actor: Actor
+    weight_sync: WeightSync
     collector: Collector
     validator: Generator  # samples from the policy whatever the collector's generator is
     dataset: PromptDataset
@@ -48,6 +50,7 @@ class GRPOTrainer:
     monitor: Monitor
     balance_tokens: bool = False  # an update's rollouts go to data-parallel ranks by their tokens, not in order
     step: int = 0  # steps done
+    ahead: collections.deque[Begun] = dataclasses.field(default_factory=collections.deque)  # rounds out, oldest first
     validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
@@ -55,6 +58,9 @@ class GRPOTrainer:
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
         self.monitor.log_events(events.notices(self.step, [self.actor.memory_report()]))
+        self.weight_sync.push(self.actor.version)
+        # What a resumed run had drawn and not yet learned from: no prompt is lost, none comes twice.
+        self.ahead.extend(self.collector.begin(Stopwatch(), draw) for draw in self.curriculum.outstanding())
         if self.step == 0 and self.config.run_validation_step_0:
             self.validate()
         while self.step < self.config.max_steps:
@@ -62,9 +68,13 @@ class GRPOTrainer:
             with watch("step"):
                 with self.actor.generating():
                     rollouts = self.collect(watch)
+                if not self.ahead:
+                    self.weight_sync.release()
                 with watch("adv"):
                     self.observe(rollouts.outcomes)
                 metrics = self.train(watch, rollouts)
+                with watch("sync"):
+                    self.weight_sync.push(self.actor.version)
             self.step += 1
             self.log(watch, metrics, rollouts)
             self.checkpoints.poll()
@@ -75,17 +85,24 @@ class GRPOTrainer:
         self.checkpoints.wait()
 
     def collect(self, watch: Stopwatch) -> Rollouts:
-        """Draw a step's prompts, generate and score their rollouts, replace groups that the filter rejects."""
-        tokens = 0
-        while True:
+        """Draw until `max_staleness` steps are out besides this one; this one's rollouts, scored.
+
+        Groups that the filter rejects are replaced.
+        """
+        tokens, sampler = 0, self.collector.sampler
+        while sampler.step < min(self.step + 1 + self.config.max_staleness, self.config.max_steps):
             with watch("draw"):
-                draw = self.collector.sampler.next_draw()
-            rollouts = self.collector.roll_out(watch, draw)
+                draw = sampler.next_draw()
+            begun = self.collector.begin(watch, draw)
             if draw.train:
-                return self.collector.refill(watch, dataclasses.replace(rollouts, tokens_before=tokens))
+                self.ahead.append(begun)
+                continue
+            rollouts = self.collector.finish(watch, begun)
             self.observe(rollouts.outcomes)  # pre-rollouts teach the curriculum alone
             self.monitor.log_events(events.dropped(self.step + 1, rollouts.outcomes, self.curriculum.sources))
             tokens += int(rollouts.outcomes.lengths.sum())
+        rollouts = self.collector.finish(watch, self.ahead.popleft())
+        return self.collector.refill(watch, dataclasses.replace(rollouts, tokens_before=tokens))
 
     def observe(self, outcomes: Outcomes) -> None:
         """Teach rank 0's curriculum with all ranks' outcomes; every rank receives the new weights."""
@@ -146,7 +163,6 @@ class GRPOTrainer:
         return batches
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
-        watch.seconds["sync"] = 0.0  # the generator shares the actor's weights
         outcomes, sources, faults = rollouts.outcomes, self.curriculum.sources, self.collector.scorer.take_faults()
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
         self.monitor.log_step(self.step, {
@@ -208,7 +224,7 @@ class GRPOTrainer:
         notes += self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
         self.checkpoints.load(latest)
-        self.collector.sampler.consumed_samples = latest * self.config.num_prompts_per_grpo_step
+        self.collector.sampler.consumed_samples = self.curriculum.step * self.config.num_prompts_per_grpo_step
         self.step = latest
         self.monitor.truncate_after(latest)
         self.monitor.log_events(events.notices(latest, notes))

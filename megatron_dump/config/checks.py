@@ -103,6 +103,7 @@ def _check_ranges(config: Config) -> None:
         "model.grpo.sampling_params.top_k": model.grpo.sampling_params.top_k,
         "trainer.grpo.initial_policy_kl_penalty": grpo.initial_policy_kl_penalty,
         "trainer.grpo.gradient_clip_val": grpo.gradient_clip_val,
+        "trainer.grpo.max_staleness": grpo.max_staleness,
         "trainer.grpo.val_check_interval": grpo.val_check_interval,
         "trainer.grpo.save_interval": grpo.save_interval,
         "model.moe_aux_loss_coeff": model.moe_aux_loss_coeff,
@@ -135,6 +136,11 @@ def _check_loss(config: Config) -> None:
     ):
         if not right:
             raise ConfigError(f"model.grpo.{key}={value}: {remedy}")
+    if grpo.max_staleness > 0 and cap is None:
+        raise ConfigError(
+            f"trainer.grpo.max_staleness={grpo.max_staleness}: rollouts of older weights need "
+            "model.grpo.importance_sampling_cap; set it (2.0 is usual), or max_staleness to 0"
+        )
     if grpo.kl_in_reward and grpo.initial_policy_kl_penalty == 0:
         raise ConfigError(
             "trainer.grpo.kl_in_reward=true: trainer.grpo.initial_policy_kl_penalty=0 leaves nothing to subtract; "

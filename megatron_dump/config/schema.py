@@ -43,6 +43,7 @@ class GRPOConfig:
     max_steps: int = 100
     num_prompts_per_grpo_step: int = 16
     samples_per_prompt: int = 8
+    max_staleness: int = 0
     val_check_interval: int = 0
     val_samples_per_prompt: int = 4
     save_interval: int = 0

@@ -159,7 +159,8 @@ class Curriculum:
 
     def _hand_out(self, ledger: Ledger, draw: Draw, rejected: np.ndarray | None) -> Draw:
         if self.on_event:
-            self.on_event(draw_event(draw, rejected, self._parts.source_policy.metrics()))
+            at = min(self._open, default=draw.step)
+            self.on_event(draw_event(draw, rejected, self._parts.source_policy.metrics(), at))
         ledger.add(draw)
         self._parts.source_policy.drawn(draw.source_ids, draw.rollouts)
         return draw
@@ -225,12 +226,14 @@ class Curriculum:
             raise ValueError(resume.refusal(differences[0]))
         if differences:
             notes = resume.carry_over(state, here, self._parts.stateful(), differences)
-            self._open = {}  # what was out was drawn for the run as it was
+            self._open = {}  # what was out was drawn for the run as it was: those steps are drawn anew
+            self.step = min((int(entry["step"]) for entry in state["open"]), default=int(state["step"]))
         else:
             notes = []
             self._parts.load_state_dict(state["parts"])
             self._open = {int(entry["step"]): Ledger.from_state(entry) for entry in state["open"]}
-        self.step, self._last = int(state["step"]), None
+            self.step = int(state["step"])
+        self._last = None
         return notes
 
     def digest(self) -> str:

@@ -3,7 +3,9 @@
 The first line is the header: what the curriculum was made of. Then come, as they happened, the draws (a step may have
 several rounds), the outcomes that were observed, and, where a run was resumed with another data set or curriculum, a
 line "changed": a header again, and the state that was carried over. A line's `step` counts from 1, as in metrics.jsonl;
-the `step` inside a draw or its outcomes counts from 0, as everywhere in the curriculum. Their form: codec.py.
+the `step` inside a draw or its outcomes counts from 0, as everywhere in the curriculum. Their form: codec.py. A draw's
+`at`, from 1, is the step that was being trained when it was made: what was `at` a later step than the checkpoint's is
+forgotten by a resume.
 """
 
 from __future__ import annotations
@@ -44,10 +46,14 @@ class Log:
         return list(dict.fromkeys(header["config"]["sources"]["name"] for header in self.headers))
 
 
-def draw_event(draw: Draw, rejected: np.ndarray | None, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The line of a draw. rejected: the groups that a refill replaces; scores: float64 [K] each, of the policy."""
+def draw_event(draw: Draw, rejected: np.ndarray | None, scores: Mapping[str, np.ndarray], at: int) -> dict[str, Any]:
+    """The line of a draw. rejected: the groups that a refill replaces; scores: float64 [K] each, of the policy.
+
+    at: the step, from 0, that was being trained meanwhile: the draw's own, unless it was drawn ahead.
+    """
     return {
         "step": draw.step + 1,
+        "at": at + 1,
         "event": "draw",
         "rejected": None if rejected is None else rejected.tolist(),
         "draw": draw_to_json(draw),

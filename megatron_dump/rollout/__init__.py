@@ -39,7 +39,7 @@ class Pending(Protocol):
     """Completions that are on their way."""
 
     def result(self) -> list[Completion]:
-        """Waits for them. All ranks of the replica call it, in the order of their `submit`s."""
+        """Waits for them. A collective of the replica's ranks: all ask for results in the same order."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_dump.rollout import Generator, Request
+from megatron_dump.rollout import AsyncGenerator, Pending, Request
 from megatron_dump.types import Completion
 
 
@@ -19,11 +20,16 @@ class RecordingGenerator:
     `share` names this rank's part of the step; None: another rank of the replica writes it.
     """
 
-    def __init__(self, generator: Generator, folder: str, share: int | None) -> None:
+    def __init__(self, generator: AsyncGenerator, folder: str, share: int | None) -> None:
         self.generator, self.folder, self.share = generator, pathlib.Path(folder), share
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
-        completions = self.generator.generate(step, requests)
+        return self._keep(step, requests, self.generator.generate(step, requests))
+
+    def submit(self, step: int, requests: Sequence[Request]) -> _Recording:
+        return _Recording(self, step, requests, self.generator.submit(step, requests))
+
+    def _keep(self, step: int, requests: Sequence[Request], completions: list[Completion]) -> list[Completion]:
         if self.share is not None and requests:
             prompts = {r.group_id: r.prompt.index for r in requests}
             rows = [_row(c, prompts[c.group_id]) for c in completions]
@@ -33,6 +39,17 @@ class RecordingGenerator:
             path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(path.with_suffix(".tmp"), path)
         return completions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    recorder: RecordingGenerator
+    step: int
+    requests: Sequence[Request]
+    pending: Pending
+
+    def result(self) -> list[Completion]:
+        return self.recorder._keep(self.step, self.requests, self.pending.result())
 
 
 class RecordedGenerator:

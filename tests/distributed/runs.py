@@ -60,13 +60,14 @@ def arguments(world, data, log_dir, tensor=1, pipeline=1, **overrides) -> list[s
 
 
 def one_rank(arguments: list[str]) -> str:
-    """Train; the bytes of the weights the last step was drawn with."""
+    """Train; the bytes of the weights the last draw was made with, "" when a resumed run had none left to make."""
     trainer = build_trainer(SCRIPT.read_config(arguments)[1])
     trainer.resume()
     trainer.fit()
     trainer.monitor.close()
     trainer.collector.scorer.close()
-    return trainer.collector.sampler.last_draw.weights.tobytes().hex()
+    last = trainer.collector.sampler.last_draw
+    return last.weights.tobytes().hex() if last else ""
 
 
 def train(world, *args, **overrides) -> list[str]:

@@ -81,7 +81,7 @@ def watch(phase: str) -> contextlib.AbstractContextManager[None]:
 def test_every_rank_holds_the_same_outcomes_round_by_round(data, judge):
     def step():
         one = collector(data, judge=judge)
-        rollouts = one.refill(watch, one.roll_out(watch, one.sampler.next_draw()))
+        rollouts = one.refill(watch, one.finish(watch, one.begin(watch, one.sampler.next_draw())))
         one.scorer.close()
         return digest(rollouts.outcomes), rollouts.refills, len(rollouts.outcomes.rewards)
 
@@ -96,7 +96,7 @@ def test_a_rank_with_other_outcomes_fails_every_rank(data, change):
     def roll_out():
         one = collector(data, CHANGES[change])
         try:
-            one.refill(watch, one.roll_out(watch, one.sampler.next_draw()))
+            one.refill(watch, one.finish(watch, one.begin(watch, one.sampler.next_draw())))
         except RuntimeError as error:
             return str(error)
         finally:

@@ -19,6 +19,7 @@ from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica
 from megatron_dump.monitor import Monitor
 from megatron_dump.rollout import Request
+from megatron_dump.rollout.eager import Ready, SharedWeights
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 from megatron_dump.types import Completion, Outcomes, Score
@@ -52,6 +53,9 @@ class Guesser:
         tokens = np.zeros(2 if right else 5, np.int64)
         text = "right" if right else "wrong"
         return Completion(request.group_id, sample, tokens, tokens.astype(np.float32), True, self.version, text)
+
+    def submit(self, step: int, requests: Sequence[Request]) -> Ready:
+        return Ready(self.generate(step, requests))
 
     def make_batch(self, prompts, completions, advantages, *others: Any) -> Any:
         return advantages
@@ -122,18 +126,23 @@ def trainer(
     held_out = PromptDataset(write(folder / "val.parquet", *rows[:6]), encode=encode)
     counts = {"num_prompts_per_grpo_step": 8, "samples_per_prompt": 4, "run_validation_step_0": False}
     grpo_config = GRPOConfig(**{**counts, "max_steps": steps, **(settings or {})})
-    chosen = Curriculum(data.source_of_rows, 8, 4, 7, config(**curriculum), data.fingerprint, max_steps=steps)
+    chosen = Curriculum(
+        data.source_of_rows, 8, 4, 7, config(**curriculum), data.fingerprint, max_steps=steps,
+        max_staleness=grpo_config.max_staleness,
+    )  # fmt: skip
     sampler = MegatronCurriculumBatchSampler(len(data), 0, 1, 8, 0, 1, curriculum=chosen)
     actor, store = Guesser(chances), store or Store()
     store.actor = actor
     replica = Replica(0, 1, None, torch.device("cpu"))
+    age = lambda completion: actor.version - completion.policy_version  # noqa: E731
     scorer = Scorer({"*": f"{judge.__module__}:{judge.__name__}"}, data.sources)
-    collector = Collector(actor, scorer, data, sampler, chosen.filter, replica, 1, True, lambda completion: 0)
+    collector = Collector(actor, scorer, data, sampler, chosen.filter, replica, 1, True, age)
     monitor = Monitor(folder, data.sources, steps, 0, {})
     made = GRPOTrainer(
         config=grpo_config, settings={}, updates=1, max_length=5, loss_agg_mode="token-mean", use_reference=False,
-        reward_kl=None, owns_curriculum=True, actor=actor, collector=collector, validator=actor, dataset=data,
-        validation=held_out, curriculum=chosen, replica=replica, checkpoints=store, monitor=monitor,
+        reward_kl=None, owns_curriculum=True, actor=actor, weight_sync=SharedWeights(), collector=collector,
+        validator=actor, dataset=data, validation=held_out, curriculum=chosen, replica=replica, checkpoints=store,
+        monitor=monitor,
     )  # fmt: skip
     made.resume()
     return made

@@ -13,6 +13,8 @@ from actor_bench.problem import KL_PENALTY, LEARNING_RATE
 from megatron_dump import grpo
 from megatron_dump.actor.batching import MicroBatch
 
+_LOSS = grpo.LossOptions(kl_penalty=KL_PENALTY)
+
 
 def load_transformers(path: pathlib.Path) -> Qwen2ForCausalLM:
     """transformers' model with SDPA attention, in fp32.
@@ -46,8 +48,8 @@ class PlainStep:
         for micro in micros:
             logprobs = self._logprobs(micro)
             loss, _ = grpo.policy_loss(
-                logprobs, logprobs.detach(), micro.advantages, micro.mask, global_tokens,
-                ref_logprobs=micro.ref_logprobs, kl_penalty=KL_PENALTY,
+                logprobs, logprobs.detach(), micro.advantages, micro.mask, global_tokens, _LOSS,
+                ref_logprobs=micro.ref_logprobs,
             )  # fmt: skip
             loss.backward()
             total += loss.detach()

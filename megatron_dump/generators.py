@@ -5,12 +5,11 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
-from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.rollout import Generator
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
-from megatron_dump.rollout.resharded import ReshardedGenerator
+from megatron_dump.rollout.reshard import choose, policy_generator
 from megatron_dump.rollout.sampling import SamplingOptions
 
 
@@ -34,12 +33,13 @@ def make_generators(
         sampling.top_k,
         sampling.top_p,
         sampling.use_greedy,
+        model.grpo.length_params.min_length,
     )
     settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    policy: Generator = MegatronGenerator(actor, *settings)
-    if backend.reshard:
-        whole = WholePolicy(actor, config.trainer.precision)
-        policy = ReshardedGenerator(MegatronGenerator(whole, *settings), whole)
+    choice = choose(actor, backend.reshard)
+    policy = policy_generator(
+        actor, choice, config.trainer.precision, lambda weights: MegatronGenerator(weights, *settings)
+    )
     generator = policy
     if backend.type == "recorded":
         generator = RecordedGenerator(str(backend.path), tokenizer.decode)

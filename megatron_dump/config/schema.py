@@ -33,7 +33,7 @@ class CurriculumConfig:
 @dataclasses.dataclass
 class InferenceBackendConfig:
     type: str = "megatron"
-    reshard: bool = False
+    reshard: Any = "auto"  # true, false, auto or pipeline
     path: str | None = None
     record: str | None = None
 
@@ -77,6 +77,7 @@ class SamplingParams:
 @dataclasses.dataclass
 class LengthParams:
     max_length: int = 128
+    min_length: int = 0
 
 
 @dataclasses.dataclass

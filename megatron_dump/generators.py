@@ -5,13 +5,12 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
-from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.rollout import AsyncGenerator
 from megatron_dump.rollout.eager import Eager
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
-from megatron_dump.rollout.resharded import ReshardedGenerator
+from megatron_dump.rollout.reshard import choose, policy_generator
 from megatron_dump.rollout.sampling import SamplingOptions
 
 
@@ -35,13 +34,13 @@ def make_generators(
         sampling.top_k,
         sampling.top_p,
         sampling.use_greedy,
+        model.grpo.length_params.min_length,
     )
     settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    policy: AsyncGenerator = Eager(MegatronGenerator(actor, *settings))
-    if backend.reshard:
-        whole = WholePolicy(actor, config.trainer.precision)
-        policy = Eager(ReshardedGenerator(MegatronGenerator(whole, *settings), whole))
-    generator = policy
+    choice = choose(actor, backend.reshard)
+    precision = config.trainer.precision
+    policy = Eager(policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings)))
+    generator: AsyncGenerator = policy
     if backend.type == "recorded":
         generator = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
     if backend.record:

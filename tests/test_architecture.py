@@ -17,7 +17,7 @@ PACKAGE = "megatron_dump"
 
 LOW = {
     "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
-    "scoring", "batches", "events",
+    "scoring", "batches", "events", "rollout_metrics",
     "monitor", "report", "stopwatch",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
@@ -35,6 +35,7 @@ UNITS: dict[str, set[str]] = {
     "distributed": {"types"},
     "gather": {"types", "distributed"},
     "scoring": {"types", "rewards", "distributed"},
+    "rollout_metrics": {"types"},
     "batches": {"types", "grpo"},
     "events": {"types"},
     "stopwatch": set(),
@@ -68,6 +69,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kl_reward": {"torch", "numpy"},
     "distributed": {"torch", "numpy"},
     "gather": {"torch", "numpy"},
+    "rollout_metrics": {"numpy"},
     "stopwatch": set(),
     "events": {"numpy"},
     "console": {"rich"},

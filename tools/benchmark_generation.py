@@ -66,9 +66,9 @@ def make_actor(path: str) -> MegatronGPTGRPOActor:
 
 def static_engine(actor: MegatronGPTGRPOActor, path: str, rows: int) -> StaticInferenceEngine:
     """megatron-core's engine on its own attention, with the same weights."""
-    ours, model.layer_spec = model.layer_spec, lambda arch: get_gpt_layer_local_spec(normalization="RMSNorm")
+    ours, model.block_spec = model.block_spec, lambda *_: get_gpt_layer_local_spec(normalization="RMSNorm")
     module = model.build_model(actor.arch, actor.transformer_config, actor.parallel)
-    model.layer_spec = ours
+    model.block_spec = ours
     module.rotary_pos_emb = module.rotary_pos_emb.rotary
     convert.load_hf([module], actor.arch, actor.parallel, path)
     settings = InferenceWrapperConfig(

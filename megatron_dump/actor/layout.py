@@ -163,18 +163,19 @@ def check_run(config: Config, layout: Layout, data_parallel_size: int, has_exper
                 f"an interleaved pipeline (virtual_pipeline_model_parallel_size={layout.virtual_pipeline}) wants a "
                 f"multiple of model.pipeline_model_parallel_size={pipeline}: change it, or model.global_batch_size"
             )
-    if config.trainer.grpo.inference_backend.reshard:
+    reshard = config.trainer.grpo.inference_backend.reshard
+    if reshard == "pipeline" and has_experts:
+        raise ConfigError(
+            "trainer.grpo.inference_backend.reshard=pipeline: the model has experts; set it to true, false or auto"
+        )
+    if reshard:
         return
-    refused = {
-        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline or 1,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "tensor_model_parallel_size": layout.tensor if has_experts else 1,
-    }
-    for key, size in refused.items():
+    for key, size in (
+        ("virtual_pipeline_model_parallel_size", layout.virtual_pipeline or 1),
+        ("context_parallel_size", layout.context),
+    ):
         if size > 1:
-            experts = " of a model with experts" if key.startswith("tensor") else ""
             raise ConfigError(
-                f"model.{key}={size}: generation cannot step through this split{experts}; set "
+                f"model.{key}={size}: generation cannot step through this split; set "
                 "trainer.grpo.inference_backend.reshard=true"
             )

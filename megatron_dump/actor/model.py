@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dump.actor.architecture import Architecture
-from megatron_dump.actor.attention import OffsetRotaryEmbedding, SDPACoreAttention
+from megatron_dump.actor.attention import PositionedRotaryEmbedding, SDPACoreAttention
 from megatron_dump.actor.layout import check_model
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.actor.spec import block_spec, transformer_engine_runs
@@ -130,7 +130,7 @@ def build_model(
         pg_collection=groups,
         vp_stage=chunk if interleaved else None,
     )
-    model.rotary_pos_emb = OffsetRotaryEmbedding(model.rotary_pos_emb)
+    model.rotary_pos_emb = PositionedRotaryEmbedding(model.rotary_pos_emb)
     return model.to(device=parallel.device, dtype=config.params_dtype)
 
 

@@ -1,4 +1,4 @@
-"""A whole copy of the policy on every rank: generation on it needs no communication between ranks.
+"""A copy of the policy that is less split than the trained one, for generation with less talk between ranks.
 
 NeMo-Aligner's `reshard`: the ranks of a replica become data parallel while they generate, however the policy is split.
 """
@@ -21,25 +21,43 @@ from megatron_dump.actor.weight_map import Rule, WeightMap, named_parameters
 
 
 class WholePolicy:
-    """The actor's policy unsplit; `refresh` brings its weights up to date. For models that fit on one rank."""
+    """The actor's policy unsplit or, with `keep_tensor`, split over its tensor ranks only: for models that fit so.
 
-    def __init__(self, actor: MegatronGPTGRPOActor, precision: str) -> None:
-        self.actor, self.arch = actor, actor.arch
-        alone = dist.new_group([actor.parallel.rank], use_local_synchronization=True)
+    `refresh` brings its weights up to date.
+    """
+
+    def __init__(self, actor: MegatronGPTGRPOActor, precision: str, keep_tensor: bool = False) -> None:
+        if keep_tensor and actor.arch.experts is not None:
+            raise ValueError(
+                "trainer.grpo.inference_backend.reshard=pipeline: the model has experts; set it to true or false"
+            )
+        self.actor, self.arch, self.keep_tensor = actor, actor.arch, keep_tensor
+        place = actor.parallel
+        alone = dist.new_group([place.rank], use_local_synchronization=True)
         assert alone is not None  # this rank is a member
-        kinds = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+        kinds = ("tensor", "pipeline", "context", "expert", "expert_tensor")[keep_tensor:]
         self.parallel: Parallel = dataclasses.replace(
-            actor.parallel,
-            layout=Layout(),
+            place,
+            layout=Layout(tensor=place.tensor_size if keep_tensor else 1),
             **{f"{kind}_rank": 0 for kind in kinds},
             **{f"{kind}_size": 1 for kind in kinds},
             **{f"{kind}_group": alone for kind in kinds},
         )
         names = "tp pp cp embd mp ep expt_tp expt_dp tp_cp tp_ep tp_ep_pp tp_dp_cp".split()
-        groups = ProcessGroupCollection(**dict.fromkeys(names, alone))
+        shared = {name: self.parallel.tensor_group for name in ("tp", "mp", "tp_cp", "tp_dp_cp")}
+        groups = ProcessGroupCollection(**dict.fromkeys(names, alone) | shared)
         config = transformer_config(self.arch, self.parallel, precision, actor.options)
         self.module = build_model(self.arch, config, self.parallel, groups).eval().requires_grad_(False)
         self.version = -1  # of the weights held; those of a new copy are nobody's
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Which of how many parts of the replica, each able to generate by itself, this rank is in."""
+        place = self.actor.parallel
+        number = place.context_rank * place.pipeline_size + place.pipeline_rank
+        if self.keep_tensor:
+            return number, place.context_size * place.pipeline_size
+        return dist.get_rank(place.replica_group), dist.get_world_size(place.replica_group)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -70,13 +88,31 @@ class WholePolicy:
         place = self.actor.parallel
         if rule.expert is None:
             assert own is not None
-            whole.copy_(_unshard(own, rule, place.tensor_size, place.tensor_group))
+            size = 1 if self.keep_tensor else place.tensor_size
+            whole.copy_(_unshard(own, rule, size, place.tensor_group))
             return
         if own is not None:
             whole.copy_(_unshard(own, rule, place.expert_tensor_size, place.expert_tensor_group))
         if place.expert_size > 1:
             owner = rule.expert // (self.arch.hf.num_experts // place.expert_size)
             _broadcast(whole, owner, place.expert_group)
+
+
+def copy_bytes(actor: MegatronGPTGRPOActor, keep_tensor: bool = False) -> int:
+    """What a WholePolicy's weights take on a rank. A collective of all ranks."""
+    place, weights, total = actor.parallel, WeightMap(actor.arch), 0
+    for name, parameter in named_parameters(actor.modules):
+        rule, parts = weights.rule(name), 1
+        if name == "output_layer.weight" and actor.arch.tied:
+            continue  # the copy has it once, as embedding
+        if rule.dim is not None and not keep_tensor:
+            parts = place.tensor_size if rule.expert is None else place.expert_tensor_size
+        if rule.expert is not None:
+            parts *= place.expert_size
+        total += parameter.numel() * parameter.element_size() * parts
+    sizes = torch.tensor(total, device=place.device)
+    dist.all_reduce(sizes, group=place.pipeline_group)
+    return int(sizes)
 
 
 def _broadcast(parameter: Tensor, rank: int, group: dist.ProcessGroup) -> None:

@@ -69,6 +69,11 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"trainer.grpo.inference_backend.type={grpo.inference_backend.type}: known are megatron and recorded"
         )
+    if grpo.inference_backend.reshard not in (True, False, "auto", "pipeline"):
+        raise ConfigError(
+            f"trainer.grpo.inference_backend.reshard={grpo.inference_backend.reshard}: known are true, false, auto and "
+            "pipeline"
+        )
     if grpo.inference_backend.type == "recorded" and not grpo.inference_backend.path:
         raise ConfigError("trainer.grpo.inference_backend.path: no value; name the folder of recorded completions")
     if model.optim.name != "distributed_fused_adam":
@@ -101,6 +106,7 @@ def _check_ranges(config: Config) -> None:
     not_negative = {
         "model.seed": model.seed,
         "model.grpo.sampling_params.top_k": model.grpo.sampling_params.top_k,
+        "model.grpo.length_params.min_length": model.grpo.length_params.min_length,
         "trainer.grpo.initial_policy_kl_penalty": grpo.initial_policy_kl_penalty,
         "trainer.grpo.gradient_clip_val": grpo.gradient_clip_val,
         "trainer.grpo.max_staleness": grpo.max_staleness,
@@ -116,6 +122,11 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{key}={value}: must not be negative")
     if model.grpo.sampling_params.top_p > 1:
         raise ConfigError(f"model.grpo.sampling_params.top_p={model.grpo.sampling_params.top_p}: must be at most 1")
+    lengths = model.grpo.length_params
+    if lengths.min_length > lengths.max_length:
+        raise ConfigError(
+            f"model.grpo.length_params.min_length={lengths.min_length}: must be at most max_length={lengths.max_length}"
+        )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"model.optim.betas={optim.betas}: must be two numbers in [0, 1)")
     if not 0 <= optim.sched.min_lr <= optim.lr:

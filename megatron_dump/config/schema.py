@@ -33,7 +33,7 @@ class CurriculumConfig:
 @dataclasses.dataclass
 class InferenceBackendConfig:
     type: str = "megatron"
-    reshard: bool = False
+    reshard: Any = "auto"  # true, false, auto or pipeline
     path: str | None = None
     record: str | None = None
 
@@ -78,6 +78,7 @@ class SamplingParams:
 @dataclasses.dataclass
 class LengthParams:
     max_length: int = 128
+    min_length: int = 0
 
 
 @dataclasses.dataclass

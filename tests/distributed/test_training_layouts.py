@@ -18,6 +18,7 @@ LAYOUTS = {  # ranks, tensor, pipeline, other keys
     "PP2xVPP2": (2, 1, 2, {**RESHARD, "model.virtual_pipeline_model_parallel_size": 2}),
     "CP2xDP2": (4, 1, 1, {**RESHARD, "model.context_parallel_size": 2}),
     "EP2": (2, 1, 1, {**RESHARD, "model.expert_model_parallel_size": 2}),
+    "EP2 split": (2, 1, 1, {**SPLIT, "model.expert_model_parallel_size": 2}),
 }
 
 
@@ -50,7 +51,7 @@ def test_a_run_equals_one_rank(data, experts, tmp_path, layout):
         "trainer.grpo.num_prompts_per_grpo_step": 4, "model.global_batch_size": 8, "model.micro_batch_size": 2,
         "model.optim.lr": 2e-4, "model.grpo.length_params.max_length": 32,
     }  # fmt: skip
-    if layout == "EP2":
+    if layout.startswith("EP2"):
         common["pretrained_checkpoint.restore_from_path"] = experts
     split, one = tmp_path / "split", tmp_path / "one"
     recording = tmp_path / "rollouts"

@@ -23,7 +23,7 @@ KEYS = {
 }
 
 
-def _config(reshard: bool = False, **keys) -> schema.Config:
+def _config(reshard: bool | str = False, **keys) -> schema.Config:
     return schema.load(
         OmegaConf.create({
             "trainer": {"grpo": {"inference_backend": {"reshard": reshard}}},
@@ -147,29 +147,37 @@ def test_a_router_that_megatron_does_not_have_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "has_experts", "message"),
+    ("keys", "message"),
     [
-        ({"pp": 2, "vpp": 2}, False, r"virtual_pipeline_model_parallel_size=2: .*reshard=true"),
-        ({"cp": 2}, False, r"context_parallel_size=2: .*reshard=true"),
-        ({"ep": 2}, True, r"expert_model_parallel_size=2: .*reshard=true"),
-        (
-            {"tp": 2, "sp": True},
-            True,
-            r"tensor_model_parallel_size=2: .* split of a model with experts; .*reshard=true",
-        ),
+        ({"pp": 2, "vpp": 2}, r"virtual_pipeline_model_parallel_size=2: .*reshard=true"),
+        ({"cp": 2}, r"context_parallel_size=2: .*reshard=true"),
     ],
 )
-def test_generation_that_cannot_be_split_needs_whole_copies(keys, has_experts, message):
+def test_generation_that_cannot_be_split_needs_copies(keys, message):
     common = {"micro_batch_size": 2, "global_batch_size": 16, **keys}
     config = _config(**common)
     with pytest.raises(schema.ConfigError, match=message):
-        check_run(config, layout_of(config.model), 2, has_experts)
-    check_run(_config(reshard=True, **common), layout_of(config.model), 2, has_experts)
+        check_run(config, layout_of(config.model), 2, has_experts=False)
+    for reshard in (True, "auto", "pipeline"):
+        check_run(_config(reshard=reshard, **common), layout_of(config.model), 2, has_experts=False)
 
 
-def test_generation_may_be_split_over_tensor_ranks_and_stages():
-    config = _config(tp=2, pp=2, sp=True)
-    check_run(config, layout_of(config.model), 2, has_experts=False)
+@pytest.mark.parametrize("keys", [{"tp": 2, "pp": 2, "sp": True}, {"ep": 2}, {"ep": 2, "tp": 2, "sp": True, "etp": 1}])
+def test_generation_may_be_split_over_tensor_ranks_stages_and_experts(keys):
+    config = _config(**keys)
+    check_run(config, layout_of(config.model), 2, has_experts="ep" in keys)
+
+
+def test_copies_that_keep_the_tensor_split_take_no_experts():
+    config = _config(reshard="pipeline", pp=2)
+    with pytest.raises(schema.ConfigError, match=r"reshard=pipeline: the model has experts; set it to true, false or"):
+        check_run(config, layout_of(config.model), 2, has_experts=True)
+
+
+@pytest.mark.parametrize("reshard", [None, "yes", 2])
+def test_an_unknown_way_to_reshard_is_refused(reshard):
+    with pytest.raises(schema.ConfigError, match=rf"reshard={reshard}: known are true, false, auto and pipeline"):
+        _config(reshard=reshard)
 
 
 @pytest.mark.parametrize("key", ["micro_batch_size", "grpo"])

@@ -64,13 +64,13 @@ def build_trainer(config: Config) -> GRPOTrainer:
     )
     grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
-    generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_lengths(config, actor, train, validation)
+    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
+    generator, validator, engines = make_generators(config, actor, tokenizer, replica)
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
     advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
     reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
-    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     return GRPOTrainer(
         config=grpo,
         settings=schema.lasting(config),
@@ -106,6 +106,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         ),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
         reward_kl=reward_kl if grpo.kl_in_reward else None,
+        engines=engines,
     )
 
 

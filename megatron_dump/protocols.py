@@ -31,6 +31,16 @@ class Actor(Protocol):
     def memory_report(self) -> str: ...
 
 
+class Engines(Protocol):
+    """Generators outside the training processes; its methods are collectives of all ranks."""
+
+    def push(self, version: int) -> None: ...
+
+    def rest(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Store(Protocol):
     """Where checkpoints are kept."""
 

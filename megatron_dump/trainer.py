@@ -19,7 +19,7 @@ from megatron_dump.distributed import Replica, agree, broadcast_array, fail_toge
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
-from megatron_dump.protocols import Actor, Store
+from megatron_dump.protocols import Actor, Engines, Store
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
 from megatron_dump.stopwatch import Stopwatch
@@ -51,6 +51,7 @@ class GRPOTrainer:
     validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
+    engines: Engines | None = None  # None: the collector's generator shares the actor's weights
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
@@ -60,8 +61,13 @@ class GRPOTrainer:
         while self.step < self.config.max_steps:
             watch = Stopwatch()
             with watch("step"):
+                with watch("sync"):
+                    if self.engines:
+                        self.engines.push(self.actor.version)
                 with self.actor.generating():
                     rollouts = self.collect(watch)
+                if self.engines:
+                    self.engines.rest()
                 with watch("adv"):
                     self.observe(rollouts.outcomes)
                 metrics = self.train(watch, rollouts)
@@ -146,7 +152,6 @@ class GRPOTrainer:
         return batches
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
-        watch.seconds["sync"] = 0.0  # the generator shares the actor's weights
         outcomes, sources, faults = rollouts.outcomes, self.curriculum.sources, self.collector.scorer.take_faults()
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
         self.monitor.log_step(self.step, {

@@ -19,11 +19,17 @@ class SamplingOptions:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     use_greedy: bool = False
+    min_length: int = 0  # tokens before a stop token can be drawn
 
 
 def uniforms(seed: int, step: int, group_id: int, sample: int, n: int) -> np.ndarray:
     """The n random numbers in [0, 1) that decide one completion: float64 [n]."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, group_id, sample)))).random(n)
+
+
+def request_seed(seed: int, step: int, group_id: int, sample: int) -> int:
+    """The number in [0, 2^63) that decides one completion of an engine, of the same parts as `uniforms`."""
+    return int(np.random.SeedSequence((seed, step, group_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:

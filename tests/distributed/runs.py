@@ -66,6 +66,8 @@ def one_rank(arguments: list[str]) -> str:
     trainer.fit()
     trainer.monitor.close()
     trainer.collector.scorer.close()
+    if trainer.engines:
+        trainer.engines.close()
     return trainer.collector.sampler.last_draw.weights.tobytes().hex()
 
 

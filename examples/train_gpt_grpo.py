@@ -25,7 +25,10 @@ from megatron_dump import config as schema
 from megatron_dump.config import Config, ConfigError
 
 CONF = pathlib.Path(__file__).resolve().parent / "conf"
-OPEN_BLOCKS = ("trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wandb_logger_kwargs")
+OPEN_BLOCKS = (
+    "trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wandb_logger_kwargs",
+    "trainer.grpo.inference_backend.vllm",
+)  # fmt: skip
 
 
 def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
@@ -80,6 +83,7 @@ def main() -> int:
     trainer.fit()
     trainer.monitor.close()
     trainer.collector.scorer.close()
+    trainer.engines.close()
     if dist.get_rank() == 0:
         from megatron_dump.report import write_report
 

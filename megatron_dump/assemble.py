@@ -25,7 +25,6 @@ from megatron_dump.generators import make_generators
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.rewards import reward_functions
-from megatron_dump.rollout.eager import SharedWeights
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 
@@ -66,13 +65,13 @@ def build_trainer(config: Config) -> GRPOTrainer:
     )
     grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
-    generator, validator = make_generators(config, actor, tokenizer)
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_lengths(config, actor, train, validation)
+    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
+    generators = make_generators(config, actor, tokenizer, replica)
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
     advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
     reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
-    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     return GRPOTrainer(
         config=grpo,
         settings=schema.lasting(config),
@@ -83,9 +82,9 @@ def build_trainer(config: Config) -> GRPOTrainer:
         use_reference=grpo.initial_policy_kl_penalty > 0,
         owns_curriculum=grid.rank == 0,
         actor=actor,
-        weight_sync=SharedWeights(),
+        engines=generators.engines,
         collector=Collector(
-            generator=generator,
+            generator=generators.training,
             scorer=Scorer(model.data.rewards, sources, replica, **vars(model.data.reward_workers)),
             dataset=train,
             sampler=make_sampler(config, curriculum, grid),
@@ -96,7 +95,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
             # A recording may come from a run that took more updates: what it holds is as fresh as can be.
             age=lambda completion: max(actor.version - completion.policy_version, 0) // updates,
         ),
-        validator=validator,
+        validator=generators.validation,
         dataset=train,
         validation=validation,
         curriculum=curriculum,
@@ -109,6 +108,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         ),
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
         reward_kl=reward_kl if grpo.kl_in_reward else None,
+        notice=generators.notice,
     )
 
 

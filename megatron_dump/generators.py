@@ -2,48 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.config import Config, ConfigError
+from megatron_dump.distributed import Replica
+from megatron_dump.engines import start_engines
+from megatron_dump.protocols import Engines
 from megatron_dump.rollout import AsyncGenerator
-from megatron_dump.rollout.eager import Eager
+from megatron_dump.rollout.eager import Eager, NoEngines
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
 from megatron_dump.rollout.reshard import choose, policy_generator
 from megatron_dump.rollout.sampling import SamplingOptions
 
 
+@dataclasses.dataclass(frozen=True)
+class Generators:
+    """What training samples from, what validation does, and what runs outside the training processes."""
+
+    training: AsyncGenerator
+    validation: AsyncGenerator  # the training weights, whatever trains
+    engines: Engines
+    notice: str  # for people: which split of the policy generates
+
+
 def make_generators(
-    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
-) -> tuple[AsyncGenerator, AsyncGenerator]:
-    """What training samples from, and what validation does: the latter is always the policy."""
+    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast, replica: Replica
+) -> Generators:
+    """A collective of all ranks. ConfigError on every rank, when engines cannot be started."""
     model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
-    sampling = model.grpo.sampling_params
-    eos = actor.arch.hf.eos_token_id
+    options = sampling_options(config, actor)
+    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
+    choice, precision = choose(actor, backend.reshard), config.trainer.precision
+    policy = Eager(policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings)))
+    training: AsyncGenerator = policy
+    engines: Engines = NoEngines()
+    if backend.type == "recorded":
+        training = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
+    elif backend.type == "vllm":
+        training, engines = start_engines(config, actor, replica, options, tokenizer.decode)
+    if backend.record:
+        writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
+        training = RecordingGenerator(training, backend.record, grid.data_rank if writes else None)
+    return Generators(training, policy, engines, choice.notice)
+
+
+def sampling_options(config: Config, actor: MegatronGPTGRPOActor) -> SamplingOptions:
+    """Of `model.grpo`. ConfigError for a model that names no stop token."""
+    model, eos = config.model, actor.arch.hf.eos_token_id
     if eos is None:
         raise ConfigError(
             f"pretrained_checkpoint.restore_from_path={config.pretrained_checkpoint.restore_from_path}: config.json "
             "has no eos_token_id, so no completion would end; add it"
         )
-    stop_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    options = SamplingOptions(
-        model.grpo.length_params.max_length,
-        stop_ids,
+    sampling, lengths = model.grpo.sampling_params, model.grpo.length_params
+    return SamplingOptions(
+        lengths.max_length,
+        tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
         sampling.use_greedy,
-        model.grpo.length_params.min_length,
+        lengths.min_length,
     )
-    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    choice = choose(actor, backend.reshard)
-    precision = config.trainer.precision
-    policy = Eager(policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings)))
-    generator: AsyncGenerator = policy
-    if backend.type == "recorded":
-        generator = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
-    if backend.record:
-        writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
-        generator = RecordingGenerator(generator, backend.record, grid.data_rank if writes else None)
-    return generator, policy

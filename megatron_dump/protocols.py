@@ -31,15 +31,19 @@ class Actor(Protocol):
     def memory_report(self) -> str: ...
 
 
-class WeightSync(Protocol):
-    """Brings the policy's weights to whatever generates. Both are collectives of all ranks."""
+class Engines(Protocol):
+    """Generators outside the training processes. push and rest are collectives of all ranks."""
 
     def push(self, version: int) -> None:
         """Completions that begin from now on are the policy's of now, its `version`."""
         ...
 
-    def release(self) -> None:
-        """Nothing is generated until the next push: memory that generation holds may go to training."""
+    def rest(self) -> None:
+        """Nothing is to be generated until the next push: memory that generation holds may go to training."""
+        ...
+
+    def close(self) -> None:
+        """End them. No collective: a failing rank calls it too."""
         ...
 
 

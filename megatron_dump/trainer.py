@@ -20,7 +20,7 @@ from megatron_dump.distributed import Replica, agree, broadcast_array, fail_toge
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
-from megatron_dump.protocols import Actor, Store, WeightSync
+from megatron_dump.protocols import Actor, Engines, Store
 from megatron_dump.rollout import Generator
 from megatron_dump.scoring import step_metrics
 from megatron_dump.stopwatch import Stopwatch
@@ -39,7 +39,7 @@ class GRPOTrainer:
     use_reference: bool
     owns_curriculum: bool  # rank 0: draws and learns; the others hold a copy that only knows the sources
     actor: Actor
-    weight_sync: WeightSync
+    engines: Engines
     collector: Collector
     validator: Generator  # samples from the policy whatever the collector's generator is
     dataset: PromptDataset
@@ -54,11 +54,12 @@ class GRPOTrainer:
     validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
+    notice: str = ""  # for people, at the start: what generates
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
-        self.monitor.log_events(events.notices(self.step, [self.actor.memory_report()]))
-        self.weight_sync.push(self.actor.version)
+        self.monitor.log_events(events.notices(self.step, [self.actor.memory_report(), *filter(None, [self.notice])]))
+        self.engines.push(self.actor.version)
         # What a resumed run had drawn and not yet learned from: no prompt is lost, none comes twice.
         self.ahead.extend(self.collector.begin(Stopwatch(), draw) for draw in self.curriculum.outstanding())
         if self.step == 0 and self.config.run_validation_step_0:
@@ -69,12 +70,12 @@ class GRPOTrainer:
                 with self.actor.generating():
                     rollouts = self.collect(watch)
                 if not self.ahead:
-                    self.weight_sync.release()
+                    self.engines.rest()
                 with watch("adv"):
                     self.observe(rollouts.outcomes)
                 metrics = self.train(watch, rollouts)
                 with watch("sync"):
-                    self.weight_sync.push(self.actor.version)
+                    self.engines.push(self.actor.version)
             self.step += 1
             self.log(watch, metrics, rollouts)
             self.checkpoints.poll()

@@ -25,6 +25,7 @@ from megatron_dump.config.schema import (
     SamplingParams,
     SchedConfig,
     TrainerConfig,
+    WeightSyncConfig,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "SamplingParams",
     "SchedConfig",
     "TrainerConfig",
+    "WeightSyncConfig",
     "check_budget",
     "check_world",
     "lasting",

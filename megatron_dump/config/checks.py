@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_dump.config.rollout_checks import check_backend
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
     KL_PENALTY_TYPES,
@@ -65,17 +66,7 @@ def validate(config: Config) -> None:
     _check_recompute(model)
     if config.trainer.precision not in ("32", "bf16"):
         raise ConfigError(f"trainer.precision={config.trainer.precision}: must be 32 or bf16")
-    if grpo.inference_backend.type not in ("megatron", "recorded"):
-        raise ConfigError(
-            f"trainer.grpo.inference_backend.type={grpo.inference_backend.type}: known are megatron and recorded"
-        )
-    if grpo.inference_backend.reshard not in (True, False, "auto", "pipeline"):
-        raise ConfigError(
-            f"trainer.grpo.inference_backend.reshard={grpo.inference_backend.reshard}: known are true, false, auto and "
-            "pipeline"
-        )
-    if grpo.inference_backend.type == "recorded" and not grpo.inference_backend.path:
-        raise ConfigError("trainer.grpo.inference_backend.path: no value; name the folder of recorded completions")
+    check_backend(config)
     if model.optim.name != "distributed_fused_adam":
         raise ConfigError(f"model.optim.name={model.optim.name}: only distributed_fused_adam is known")
     if model.optim.sched.name not in ("constant", "cosine", "linear"):

@@ -31,11 +31,23 @@ class CurriculumConfig:
 
 
 @dataclasses.dataclass
+class WeightSyncConfig:
+    transport: str = "auto"
+    bucket_mb: float = 256.0
+    checksum: bool = False
+    dtype: str | None = None
+    backend: str = "auto"
+    timeout_s: float = 300.0
+
+
+@dataclasses.dataclass
 class InferenceBackendConfig:
     type: str = "megatron"
     reshard: Any = "auto"  # true, false, auto or pipeline
     path: str | None = None
     record: str | None = None
+    vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight_sync: WeightSyncConfig = dataclasses.field(default_factory=WeightSyncConfig)
 
 
 @dataclasses.dataclass

@@ -32,9 +32,11 @@ class Eager:
         return self.generator.generate(step, requests)
 
 
-class SharedWeights:
-    """The WeightSync of generators on the training weights: there is nothing to do."""
+class NoEngines:
+    """Where generators share the training weights: there is nothing to do."""
 
     def push(self, version: int) -> None: ...
 
-    def release(self) -> None: ...
+    def rest(self) -> None: ...
+
+    def close(self) -> None: ...

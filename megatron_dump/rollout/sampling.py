@@ -29,6 +29,11 @@ def uniforms(seed: int, step: int, group_id: int, sample: int, n: int) -> np.nda
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, group_id, sample)))).random(n)
 
 
+def request_seed(seed: int, step: int, group_id: int, sample: int) -> int:
+    """The number in [0, 2^63) that decides one completion of an engine, of the same parts as `uniforms`."""
+    return int(np.random.SeedSequence((seed, step, group_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def pick_tokens(
     logits: Tensor, uniform: Tensor, options: SamplingOptions, too_short: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

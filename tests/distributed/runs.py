@@ -66,6 +66,7 @@ def one_rank(arguments: list[str]) -> str:
     trainer.fit()
     trainer.monitor.close()
     trainer.collector.scorer.close()
+    trainer.engines.close()
     last = trainer.collector.sampler.last_draw
     return last.weights.tobytes().hex() if last else ""
 

@@ -19,7 +19,7 @@ from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica
 from megatron_dump.monitor import Monitor
 from megatron_dump.rollout import Request
-from megatron_dump.rollout.eager import Ready, SharedWeights
+from megatron_dump.rollout.eager import NoEngines, Ready
 from megatron_dump.scoring import Scorer
 from megatron_dump.trainer import GRPOTrainer
 from megatron_dump.types import Completion, Outcomes, Score
@@ -140,7 +140,7 @@ def trainer(
     monitor = Monitor(folder, data.sources, steps, 0, {})
     made = GRPOTrainer(
         config=grpo_config, settings={}, updates=1, max_length=5, loss_agg_mode="token-mean", use_reference=False,
-        reward_kl=None, owns_curriculum=True, actor=actor, weight_sync=SharedWeights(), collector=collector,
+        reward_kl=None, owns_curriculum=True, actor=actor, engines=NoEngines(), collector=collector,
         validator=actor, dataset=data, validation=held_out, curriculum=chosen, replica=replica, checkpoints=store,
         monitor=monitor,
     )  # fmt: skip

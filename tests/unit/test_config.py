@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from megatron_dump import config as schema
+from megatron_dump.weight_sync.options import WeightSyncOptions
 
 CONF = pathlib.Path(__file__).resolve().parents[2] / "examples/conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -62,7 +63,26 @@ def test_the_documented_defaults_are_the_defaults():
             "trainer.grpo.kl_in_reward=tr",
         ),
         ("trainer.grpo.curriculum.resume_changed=yes", "trainer.grpo.curriculum.resume_changed=yes: known are refuse"),
-        ("trainer.grpo.inference_backend.type=vllm", "trainer.grpo.inference_backend.type=vllm: known are megatron"),
+        (
+            "trainer.grpo.inference_backend.type=sglang",
+            "trainer.grpo.inference_backend.type=sglang: known are megatron",
+        ),
+        (
+            "+trainer.grpo.inference_backend.vllm.dtype=half",
+            "trainer.grpo.inference_backend.vllm.dtype: belongs to trainer.grpo.inference_backend.type=vllm",
+        ),
+        (
+            ["trainer.grpo.inference_backend.type=vllm", "+trainer.grpo.inference_backend.vllm.python=/no"],
+            "trainer.grpo.inference_backend.vllm.python=/no: no such program",
+        ),
+        (
+            ["trainer.grpo.inference_backend.type=vllm", "+trainer.grpo.inference_backend.vllm.timeout_s=0"],
+            "trainer.grpo.inference_backend.vllm.timeout_s=0: must be",
+        ),
+        (
+            ["trainer.grpo.inference_backend.type=vllm", "+trainer.grpo.inference_backend.vllm.max_model_len=9"],
+            "trainer.grpo.inference_backend.vllm.max_model_len=9: ",
+        ),
         ("trainer.grpo.inference_backend.type=recorded", "trainer.grpo.inference_backend.path: no value"),
         ("model.data.train_files=x.parquet", "model.data.train_files: "),
         ("model.seed=-1", "model.seed=-1: must not be negative"),
@@ -84,6 +104,10 @@ def test_errors_are_one_line_with_key_value_and_remedy(override, message):
         schema.load(_compose("kk_cpu", *([override] if isinstance(override, str) else override)))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_weight_syncs_block_is_its_options():
+    assert vars(schema.WeightSyncConfig()) == vars(WeightSyncOptions())
 
 
 def test_a_known_key_needs_no_plus():

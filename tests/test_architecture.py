@@ -17,7 +17,7 @@ PACKAGE = "megatron_dump"
 
 LOW = {
     "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
-    "scoring", "batches", "events",
+    "scoring", "shared_scoring", "ray_cluster", "batches", "events",
     "monitor", "report", "stopwatch",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
@@ -27,7 +27,8 @@ UNITS: dict[str, set[str]] = {
     "protocols": {"types"},
     "config": set(),
     "curriculum": {"types"},
-    "rewards": {"types"},
+    "ray_cluster": set(),
+    "rewards": {"types", "ray_cluster"},
     "data": {"types"},
     "advantages": set(),
     "kl": set(),
@@ -35,6 +36,7 @@ UNITS: dict[str, set[str]] = {
     "distributed": {"types"},
     "gather": {"types", "distributed"},
     "scoring": {"types", "rewards", "distributed"},
+    "shared_scoring": {"types", "rewards", "distributed", "scoring"},
     "batches": {"types", "grpo"},
     "events": {"types"},
     "stopwatch": set(),
@@ -42,7 +44,7 @@ UNITS: dict[str, set[str]] = {
     "monitor": {"types", "console"},
     "report": {"types"},
     "actor": {"types", "config", "distributed", "grpo"},
-    "rollout": {"types", "distributed", "gather", "grpo", "actor"},
+    "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
@@ -60,7 +62,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "protocols": {"numpy"},
     "config": {"omegaconf", "numpy"},
     "curriculum": {"numpy"},
-    "rewards": {"numpy", "math_verify", "reasoning_gym"},
+    "ray_cluster": {"ray"},
+    "rewards": {"numpy", "math_verify", "reasoning_gym", "ray"},
     "data": {"numpy", "pyarrow"},
     "advantages": {"torch", "numpy"},
     "kl": {"torch"},
@@ -79,7 +82,7 @@ ONLY_IN: dict[str, set[str]] = {
     "megatron": {"actor"},
     "wandb": {"monitor"},
     "vllm": {"rollout", "weight_sync"},
-    "ray": {"rollout", "weight_sync", "integrations"},
+    "ray": {"ray_cluster", "rollout", "rewards", "integrations"},
 }
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # an engine's process may start without it
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class EngineOutput:
 
 
 class Engine(Protocol):
-    """What runs in the other process. A failed call leaves it unusable: it is restarted."""
+    """What runs in the other process. A failed call leaves it unusable: it is restarted. (EngineRefused does not.)"""
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         """For each request one output per seed, in order."""
@@ -49,6 +51,10 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None: ...
+
+    def close(self) -> None:
+        """Give back what outlives the process; the last call."""
+        ...
 
 
 class EngineHandle(Protocol):
@@ -76,3 +82,7 @@ class EngineHandle(Protocol):
 
 class EngineDied(RuntimeError):
     """The engine ended, hung or lost its connection; the message says what its last words were."""
+
+
+class EngineRefused(ValueError):
+    """Options or requests that no engine could serve; it would fail again. The message says which and why."""

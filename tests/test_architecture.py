@@ -17,7 +17,7 @@ PACKAGE = "megatron_dump"
 
 LOW = {
     "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
-    "scoring", "batches", "events", "rollout_metrics",
+    "scoring", "shared_scoring", "ray_cluster", "batches", "events", "rollout_metrics",
     "monitor", "report", "stopwatch",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
@@ -27,7 +27,8 @@ UNITS: dict[str, set[str]] = {
     "protocols": {"types"},
     "config": set(),
     "curriculum": {"types"},
-    "rewards": {"types"},
+    "ray_cluster": set(),
+    "rewards": {"types", "ray_cluster"},
     "data": {"types"},
     "advantages": set(),
     "kl": set(),
@@ -36,6 +37,7 @@ UNITS: dict[str, set[str]] = {
     "gather": {"types", "distributed"},
     "scoring": {"types", "rewards", "distributed"},
     "rollout_metrics": {"types"},
+    "shared_scoring": {"types", "rewards", "distributed", "scoring"},
     "batches": {"types", "grpo"},
     "events": {"types"},
     "stopwatch": set(),
@@ -43,7 +45,7 @@ UNITS: dict[str, set[str]] = {
     "monitor": {"types", "console"},
     "report": {"types"},
     "actor": {"types", "config", "distributed", "grpo"},
-    "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync"},
+    "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
@@ -62,7 +64,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "protocols": {"numpy"},
     "config": {"omegaconf", "numpy"},
     "curriculum": {"numpy"},
-    "rewards": {"numpy", "math_verify", "reasoning_gym"},
+    "ray_cluster": {"ray"},
+    "rewards": {"numpy", "math_verify", "reasoning_gym", "ray"},
     "data": {"numpy", "pyarrow"},
     "advantages": {"torch", "numpy"},
     "kl": {"torch"},
@@ -82,7 +85,7 @@ ONLY_IN: dict[str, set[str]] = {
     "megatron": {"actor"},
     "wandb": {"monitor"},
     "vllm": {"rollout", "weight_sync"},
-    "ray": {"rollout", "weight_sync", "integrations"},
+    "ray": {"ray_cluster", "rollout", "rewards", "integrations"},
 }
 
 

@@ -17,7 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dump.actor import context
+from megatron_dump.actor import context, shared_attention
+from megatron_dump.actor.shared_prompts import SharedPrompts
 
 
 class KVCache:
@@ -103,6 +104,8 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
+        if isinstance(packed_seq_params, SharedPrompts):
+            return shared_attention.attend(packed_seq_params, query, key, value, self.scale)
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("packed sequences and attention bias need Transformer Engine's attention")
         if self.context_group.size() > 1:
@@ -137,15 +140,20 @@ class SDPACoreAttention(MegatronModule):
 
 
 class OffsetRotaryEmbedding(torch.nn.Module):
-    """RotaryEmbedding for a forward pass that continues a cached sequence at position `offset`."""
+    """RotaryEmbedding for passes that continue a cached sequence at position `offset`, or over tokens anywhere."""
 
     def __init__(self, rotary: torch.nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
         self.offset = 0
+        self._angles: Tensor | None = None
+
+    def place(self, positions: Tensor | None, limit: int = 0) -> None:
+        """The next passes are over tokens at `positions`, int64 [S] below `limit`; None: over 0, 1, 2, …"""
+        self._angles = None if positions is None else self.rotary(limit).index_select(0, positions)
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
         return self.rotary.get_rotary_seq_len(*args, **kwargs)
 
     def forward(self, max_seq_len: int, **kwargs: Any) -> Tensor:
-        return self.rotary(max_seq_len, offset=self.offset, **kwargs)
+        return self.rotary(max_seq_len, offset=self.offset, **kwargs) if self._angles is None else self._angles

@@ -43,6 +43,7 @@ class MegatronGPTGRPOActor:
         self.dynamic = model.dynamic_batching
         length_unit = self.dynamic.sequence_length_round if self.dynamic.enabled else batching.PAD_TO
         self.pad_to = math.lcm(length_unit, parallel.layout.length_unit)
+        self.share_prompts = model.share_prompts
         self.temperature = model.grpo.sampling_params.temperature
         self.loss = loss_options(config)
         self.offload_adam_states = model.grpo.offload_adam_states
@@ -170,10 +171,14 @@ class MegatronGPTGRPOActor:
         hidden [S, B, H] of the positions this rank holds: only those in front of a sampled token meet the output layer.
         """
         place, (n_rows, length) = self.parallel, micro.tokens.shape
-        before = context.places(length, place.context_group, hidden.device)[micro.sampled % length - 1]
-        sampled, before = micro.sampled[before >= 0], before[before >= 0]
+        if micro.shared is not None:
+            sampled, before = micro.sampled, micro.shared.before
+        else:
+            before = context.places(length, place.context_group, hidden.device)[micro.sampled % length - 1]
+            sampled, before = micro.sampled[before >= 0], before[before >= 0]
+            before = before * n_rows + sampled // length
         both = hidden_logprobs(
-            hidden.flatten(0, 1).index_select(0, before * n_rows + sampled // length),
+            hidden.flatten(0, 1).index_select(0, before),
             output_weight(self.modules[-1]), micro.tokens.flatten()[sampled], place.tensor_group, place.tensor_rank,
             self.arch.vocab_size, self.temperature, self.logprob_chunk_size,
             reduce_hidden_grad=not place.layout.sequence,
@@ -187,18 +192,17 @@ class MegatronGPTGRPOActor:
 
     def _micro_batches(self, batch: TrainBatch, size: int, budget: int) -> list[MicroBatch]:
         """Of `size` rows, or under a `budget` of tokens and then as many on every data-parallel rank."""
-        lengths = batching.used_lengths(batch)
         if self.dynamic.enabled:
             group, device = self.parallel.data_group, self.parallel.device
             with fail_together("model.dynamic_batching", group, device):
-                parts = batching.under_budget(lengths, budget, self.pad_to)
+                parts, shared = batching.divide(batch, size, budget, self.pad_to, self.share_prompts)
             n = int(all_gather_array(np.array([len(parts)]), group, device).max())
-            parts = batching.split_into(parts, lengths, n)
+            parts = batching.split_into(parts, batching.used_lengths(batch), n)
         else:
-            parts = batching.equal_rows(lengths, size)
+            parts, shared = batching.divide(batch, size, None, self.pad_to, self.share_prompts)
         # The interleaved schedule wants one length.
         pad_to = batch.tokens.shape[1] if self.parallel.layout.virtual_pipeline else self.pad_to
-        return [batching.cut(batch, rows, self.parallel.device, pad_to) for rows in parts]
+        return [batching.cut(batch, rows, self.parallel.device, pad_to, shared) for rows in parts]
 
     def _reduce(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and data-parallel ranks (a maximum for `*_max`), known to every rank."""

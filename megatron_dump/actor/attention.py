@@ -17,8 +17,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dump.actor import context
+from megatron_dump.actor import context, shared_attention
 from megatron_dump.actor.kv_cache import KVCache
+from megatron_dump.actor.shared_prompts import SharedPrompts
 
 
 class SDPACoreAttention(MegatronModule):
@@ -55,6 +56,8 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
+        if isinstance(packed_seq_params, SharedPrompts):
+            return shared_attention.attend(packed_seq_params, query, key, value, self.scale)
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("packed sequences and attention bias need Transformer Engine's attention")
         if self.cache is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dump.actor.shared_prompts import SharedPrompts, beginnings, share
 from megatron_dump.types import Completion, TrainBatch
 
 PAD_TO = 8  # sequence lengths are rounded up to a multiple: fewer distinct shapes
@@ -27,6 +28,12 @@ class MicroBatch:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     weights: Tensor | None
+    shared: SharedPrompts | None = None  # the same rollouts as the layers compute them; None: row by row
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the layers compute, int64 [B, T] or [1, S]."""
+        return self.tokens if self.shared is None else self.shared.tokens
 
 
 def pad_rollouts(
@@ -72,7 +79,7 @@ def used_lengths(batch: TrainBatch) -> np.ndarray:
 
 
 def equal_rows(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows in order of their length, `size` at a time. ValueError when `size` does not divide their number."""
+    """Rows in order of their length, or place, `size` at a time. ValueError when it does not divide their number."""
     n = len(lengths)
     if n % size:
         raise ValueError(f"micro-batch size {size} does not divide the {n} rollouts of this rank")
@@ -98,6 +105,22 @@ def under_budget(lengths: np.ndarray, budget: int, pad_to: int = PAD_TO) -> list
     return parts
 
 
+def divide(
+    batch: TrainBatch, size: int, budget: int | None, pad_to: int = PAD_TO, share_prompts: bool = False
+) -> tuple[list[np.ndarray], bool]:
+    """The rows of each micro-batch, under a `budget` if there is one, else `size` of them; and: do they share prompts?
+
+    They do if that is wanted and saves enough. ValueError as in `equal_rows` and `under_budget`.
+    """
+    if share_prompts:
+        alike = beginnings(batch.tokens, sampled_tokens(batch))
+        parts = equal_rows(alike.order, size) if budget is None else alike.under_budget(budget, pad_to)
+        if alike.pays(parts):
+            return parts, True
+    lengths = used_lengths(batch)
+    return equal_rows(lengths, size) if budget is None else under_budget(lengths, budget, pad_to), False
+
+
 def split_into(parts: list[np.ndarray], lengths: np.ndarray, n: int) -> list[np.ndarray]:
     """`parts` as exactly n >= len(parts) micro-batches: the largest is halved, again and again; empty ones fill up."""
     parts = list(parts)
@@ -111,8 +134,20 @@ def split_into(parts: list[np.ndarray], lengths: np.ndarray, n: int) -> list[np.
     return parts
 
 
-def cut(batch: TrainBatch, rows: np.ndarray, device: torch.device, pad_to: int = PAD_TO) -> MicroBatch:
-    """These rows on the device, as long as the longest of them needs; a row without a token if there are none."""
+def sampled_tokens(batch: TrainBatch) -> np.ndarray:
+    """bool [N, T]: the tokens that get log-probabilities. The first of a row is given, whatever the mask says."""
+    inside = batch.loss_mask > 0
+    inside[:, :1] = False
+    return inside
+
+
+def cut(
+    batch: TrainBatch, rows: np.ndarray, device: torch.device, pad_to: int = PAD_TO, share_prompts: bool = False
+) -> MicroBatch:
+    """These rows on the device, as long as the longest of them needs; a row without a token if there are none.
+
+    With `share_prompts` the layers compute them as one sequence, its length a multiple of `pad_to`.
+    """
     width = batch.tokens.shape[1]
     length = min(width, _round_up(int(used_lengths(batch)[rows].max(initial=1)), pad_to))
 
@@ -125,8 +160,7 @@ def cut(batch: TrainBatch, rows: np.ndarray, device: torch.device, pad_to: int =
     def optional(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else take(array)
 
-    inside = batch.loss_mask[rows, :length] > 0
-    inside[:, :1] = False  # the first token of all is given
+    inside = sampled_tokens(batch)[rows, :length]
     return MicroBatch(
         rows=rows,
         tokens=take(batch.tokens),
@@ -137,6 +171,7 @@ def cut(batch: TrainBatch, rows: np.ndarray, device: torch.device, pad_to: int =
         old_logprobs=optional(batch.old_logprobs),
         ref_logprobs=optional(batch.ref_logprobs),
         weights=optional(batch.weights),
+        shared=share(batch.tokens[rows, :length], inside, pad_to, device) if share_prompts else None,
     )
 
 

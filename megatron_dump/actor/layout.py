@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from megatron_dump.actor.architecture import Architecture
+from megatron_dump.actor.spec import transformer_engine_runs
 from megatron_dump.config import Config, ConfigError, ModelConfig
 
 
@@ -152,6 +153,8 @@ def check_run(config: Config, layout: Layout, data_parallel_size: int, has_exper
             "model.dynamic_batching.enabled=true: an interleaved pipeline (virtual_pipeline_model_parallel_size="
             f"{layout.virtual_pipeline}) takes micro-batches of one shape; set one of them to false or null"
         )
+    if model.share_prompts:
+        _check_shared_prompts(model, layout, has_experts)
     share = model.global_batch_size // data_parallel_size
     for key, size in (
         ("model.micro_batch_size", model.micro_batch_size),
@@ -178,4 +181,23 @@ def check_run(config: Config, layout: Layout, data_parallel_size: int, has_exper
             raise ConfigError(
                 f"model.{key}={size}: generation cannot step through this split; set "
                 "trainer.grpo.inference_backend.reshard=true"
+            )
+
+
+def _check_shared_prompts(model: ModelConfig, layout: Layout, has_experts: bool) -> None:
+    """ConfigError for what needs rollouts in rows by themselves."""
+    fused = model.transformer_impl != "local" and transformer_engine_runs()
+    of_tokens = "it is of the tokens that the router sees, of which there would be fewer"
+    for needed, key, value, without, why in (
+        (layout.context > 1, "context_parallel_size", layout.context, "1", "it cuts every rollout into equal chunks"),
+        (layout.virtual_pipeline is not None, "virtual_pipeline_model_parallel_size", layout.virtual_pipeline, "null",
+         "an interleaved pipeline takes micro-batches of one shape"),
+        (has_experts and model.moe_aux_loss_coeff, "moe_aux_loss_coeff", model.moe_aux_loss_coeff, "0", of_tokens),
+        (has_experts and model.moe_z_loss_coeff, "moe_z_loss_coeff", model.moe_z_loss_coeff, "null", of_tokens),
+        (fused, "transformer_impl", model.transformer_impl, "local", "Transformer Engine has not been run with it"),
+    ):  # fmt: skip
+        if needed:
+            raise ConfigError(
+                f"model.share_prompts=true: not with model.{key}={value}: {why}; set it to {without}, or share_prompts "
+                "to false"
             )

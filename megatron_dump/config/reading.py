@@ -37,7 +37,7 @@ _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it compu
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.virtual_pipeline_model_parallel_size "
     "model.context_parallel_size model.expert_model_parallel_size model.expert_tensor_parallel_size "
     "model.sequence_parallel model.transformer_impl model.recompute_granularity model.recompute_method "
-    "model.recompute_num_layers model.overlap_grad_reduce model.micro_batch_size "
+    "model.recompute_num_layers model.overlap_grad_reduce model.micro_batch_size model.share_prompts "
     "model.make_vocab_size_divisible_by model.dynamic_batching model.grpo.logprob_chunk_size "
     "model.grpo.forward_micro_batch_size model.grpo.offload_adam_states model.grpo.generation_rollout_mbs "
     "model.data.train_files "

@@ -155,6 +155,7 @@ class DynamicBatchingConfig:
 @dataclasses.dataclass
 class ModelConfig:
     micro_batch_size: int = 1
+    share_prompts: bool = False
     global_batch_size: int = 128
     dynamic_batching: DynamicBatchingConfig = dataclasses.field(default_factory=DynamicBatchingConfig)
     tensor_model_parallel_size: int = 1

@@ -193,3 +193,25 @@ def test_an_interleaved_pipeline_takes_no_dynamic_micro_batches():
     config = _config(reshard=True, pp=2, vpp=2, micro_batch_size=1, dynamic_batching={"enabled": True})
     with pytest.raises(schema.ConfigError, match=r"dynamic_batching\.enabled=true: .*=2\) takes micro-batches of one"):
         check_run(config, layout_of(config.model), 1, has_experts=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"cp": 2}, r"not with model\.context_parallel_size=2: .*; set it to 1, or share_prompts to false"),
+        ({"pp": 2, "vpp": 2, "micro_batch_size": 1}, r"virtual_pipeline_model_parallel_size=2: .*; set it to null"),
+        ({"moe_aux_loss_coeff": 0.1}, r"model\.moe_aux_loss_coeff=0\.1: .*; set it to 0"),
+        ({"moe_z_loss_coeff": 0.1}, r"model\.moe_z_loss_coeff=0\.1: .*; set it to null"),
+    ],
+)
+def test_shared_prompts_are_refused_where_rollouts_must_be_rows_by_themselves(keys, message):
+    common = {"reshard": True, "global_batch_size": 16, **keys}
+    config = _config(**common, share_prompts=True)
+    with pytest.raises(schema.ConfigError, match=rf"model\.share_prompts=true: .*{message}"):
+        check_run(config, layout_of(config.model), 2, has_experts=True)
+    check_run(_config(**common), layout_of(config.model), 2, has_experts=True)
+
+
+def test_shared_prompts_go_with_the_other_layouts_and_with_router_losses_that_do_not_exist():
+    config = _config(tp=2, pp=2, sp=True, share_prompts=True, moe_aux_loss_coeff=0.1)
+    check_run(config, layout_of(config.model), 2, has_experts=False)

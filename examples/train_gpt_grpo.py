@@ -81,9 +81,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         OmegaConf.save(raw, log_dir / "config.yaml", resolve=True)
     trainer.fit()
-    trainer.monitor.close()
-    trainer.collector.scorer.close()
-    trainer.engines.close()
+    trainer.close()
     if dist.get_rank() == 0:
         from megatron_dump.report import write_report
 

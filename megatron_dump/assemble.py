@@ -20,12 +20,16 @@ from megatron_dump.config import Config, ConfigError, CurriculumConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import DrawBroadcast, Replica
+from megatron_dump.distributed import DrawBroadcast, Replica, fail_together
+from megatron_dump.engines import connect
 from megatron_dump.generators import make_generators
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
+from megatron_dump.ray_cluster import Cluster
 from megatron_dump.rewards import reward_functions
+from megatron_dump.rewards.ray_workers import RayRewardPool
 from megatron_dump.scoring import Scorer
+from megatron_dump.shared_scoring import SharedScorer
 from megatron_dump.trainer import GRPOTrainer
 
 
@@ -68,7 +72,8 @@ def build_trainer(config: Config) -> GRPOTrainer:
     log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
     _check_lengths(config, actor, train, validation)
     replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
-    generators = make_generators(config, actor, tokenizer, replica)
+    cluster = connect(config, grid.rank, grid.device)
+    generators = make_generators(config, actor, tokenizer, replica, cluster)
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
     advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
     reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
@@ -85,7 +90,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
         engines=generators.engines,
         collector=Collector(
             generator=generators.training,
-            scorer=Scorer(model.data.rewards, sources, replica, **vars(model.data.reward_workers)),
+            scorer=make_scorer(config, sources, replica, cluster),
             dataset=train,
             sampler=make_sampler(config, curriculum, grid),
             filter=curriculum.filter,
@@ -109,7 +114,21 @@ def build_trainer(config: Config) -> GRPOTrainer:
         monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
         reward_kl=reward_kl if grpo.kl_in_reward else None,
         notice=generators.notice,
+        cluster=cluster,
     )
+
+
+def make_scorer(config: Config, sources: list[str], replica: Replica, cluster: Cluster | None) -> Scorer | SharedScorer:
+    """Reward processes of each replica or, with `model.data.reward_workers.ray_actors`, of all on Ray. A collective."""
+    options = dict(vars(config.model.data.reward_workers))
+    actors = options.pop("ray_actors")
+    if not actors:
+        return Scorer(config.model.data.rewards, sources, replica, **options)
+    judges = None
+    with fail_together("model.data.reward_workers", device=replica.device):
+        if cluster is not None:
+            judges = RayRewardPool(cluster, config.model.data.rewards, sources, actors=actors, **options)
+    return SharedScorer(judges, sources, replica)
 
 
 def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:

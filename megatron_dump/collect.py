@@ -18,6 +18,7 @@ from megatron_dump.distributed import Replica, agree
 from megatron_dump.gather import digest, gather_outcomes
 from megatron_dump.rollout import AsyncGenerator, Pending, Request
 from megatron_dump.scoring import Scorer, local_outcomes
+from megatron_dump.shared_scoring import SharedScorer
 from megatron_dump.types import Completion, Draw, Outcomes, Prompt, Score
 
 Watch = Callable[[str], contextlib.AbstractContextManager[None]]  # times a phase
@@ -68,7 +69,7 @@ class Collector:
     """Everything between a draw and its outcomes. Its methods are collectives."""
 
     generator: AsyncGenerator
-    scorer: Scorer
+    scorer: Scorer | SharedScorer
     dataset: PromptDataset
     sampler: MegatronCurriculumBatchSampler
     filter: Filter

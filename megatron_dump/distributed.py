@@ -32,6 +32,11 @@ class Replica:
     ranks: dist.ProcessGroup | None = None  # this replica's own; None: it is a single rank
 
     @property
+    def world_size(self) -> int:
+        """Ranks of all replicas together."""
+        return self.size * (1 if self.ranks is None else dist.get_world_size(self.ranks))
+
+    @property
     def is_lead(self) -> bool:
         """The rank that does what one rank of the replica must do for all."""
         return self.ranks is None or dist.get_rank(self.ranks) == 0

@@ -12,6 +12,7 @@ from megatron_dump.distributed import Replica
 from megatron_dump.gather import gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, finite_mean, local_outcomes
+from megatron_dump.shared_scoring import SharedScorer
 
 # Validation samples come from a stream of random numbers that no training step uses, the same every time: a difference
 # between two validations is one of the weights.
@@ -27,7 +28,11 @@ class Validation:
 
 
 def validate(
-    generator: Generator, dataset: PromptDataset, scorer: Scorer, samples_per_prompt: int, replica: Replica
+    generator: Generator,
+    dataset: PromptDataset,
+    scorer: Scorer | SharedScorer,
+    samples_per_prompt: int,
+    replica: Replica,
 ) -> Validation:
     """Sample every prompt of the data set; a collective of all ranks, the same result on each."""
     mine = np.array_split(np.arange(len(dataset)), replica.size)[replica.rank]

@@ -11,6 +11,7 @@ from megatron_dump.config import Config, ConfigError
 from megatron_dump.distributed import Replica
 from megatron_dump.engines import start_engines
 from megatron_dump.protocols import Engines
+from megatron_dump.ray_cluster import Cluster
 from megatron_dump.rollout import AsyncGenerator
 from megatron_dump.rollout.eager import Eager, NoEngines
 from megatron_dump.rollout.megatron import MegatronGenerator
@@ -30,9 +31,16 @@ class Generators:
 
 
 def make_generators(
-    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast, replica: Replica
+    config: Config,
+    actor: MegatronGPTGRPOActor,
+    tokenizer: PreTrainedTokenizerFast,
+    replica: Replica,
+    cluster: Cluster | None,
 ) -> Generators:
-    """A collective of all ranks. ConfigError on every rank, when engines cannot be started."""
+    """A collective of all ranks. ConfigError on every rank, when engines cannot be started.
+
+    cluster: rank 0's connection to Ray, where engines run there.
+    """
     model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
     options = sampling_options(config, actor)
     settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
@@ -43,7 +51,7 @@ def make_generators(
     if backend.type == "recorded":
         training = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
     elif backend.type == "vllm":
-        training, engines = start_engines(config, actor, replica, options, tokenizer.decode)
+        training, engines = start_engines(config, actor, replica, options, tokenizer.decode, cluster)
     if backend.record:
         writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
         training = RecordingGenerator(training, backend.record, grid.data_rank if writes else None)

@@ -47,6 +47,12 @@ class Engines(Protocol):
         ...
 
 
+class Closing(Protocol):
+    """What ends with the run."""
+
+    def close(self) -> None: ...
+
+
 class Store(Protocol):
     """Where checkpoints are kept."""
 

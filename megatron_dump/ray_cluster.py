@@ -22,7 +22,7 @@ class RayOptions:
     num_cpus: int | None = None  # of a cluster of this run's own; None: the machine's
     object_store_memory_mb: int = 200  # of such a cluster
     temp_dir: str | None = None  # of such a cluster: its sessions' sockets and logs; None: Ray's, /tmp/ray
-    cpus_per_engine: float = 1
+    cpus_per_engine: float = 1.0
     gpus_per_engine: float | None = None  # None: vLLM's tensor_parallel_size where there are GPUs, else 0
     strategy: str = "SPREAD"  # of engines over nodes; each engine is on one node
     start_timeout_s: float = 300.0  # for a reservation, and for an engine to come up

@@ -16,12 +16,13 @@ from megatron_dump.collect import Begun, Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig, refuse_changes
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
-from megatron_dump.distributed import Replica, agree, broadcast_array, fail_together
+from megatron_dump.distributed import Replica, agree, all_gather_array, broadcast_array, fail_together
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
-from megatron_dump.protocols import Actor, Engines, Store
+from megatron_dump.protocols import Actor, Closing, Engines, Store
 from megatron_dump.rollout import Generator
+from megatron_dump.rollout_metrics import count_loops, rollout_metrics
 from megatron_dump.scoring import step_metrics
 from megatron_dump.stopwatch import Stopwatch
 from megatron_dump.types import Outcomes, TrainBatch
@@ -55,6 +56,7 @@ class GRPOTrainer:
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
     notice: str = ""  # for people, at the start: what generates
+    cluster: Closing | None = None  # that engines or reward workers run on
 
     def fit(self) -> None:
         """Train up to `trainer.grpo.max_steps`."""
@@ -84,6 +86,11 @@ class GRPOTrainer:
             if _due(self.step, self.config.save_interval, self.config.max_steps):
                 self.save()
         self.checkpoints.wait()
+
+    def close(self) -> None:
+        """End every process and output of the run. No collective."""
+        for part in (self.monitor, self.collector.scorer, self.engines, *filter(None, [self.cluster])):
+            part.close()
 
     def collect(self, watch: Stopwatch) -> Rollouts:
         """Draw until `max_staleness` steps are out besides this one; this one's rollouts, scored.
@@ -165,6 +172,8 @@ class GRPOTrainer:
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
         outcomes, sources, faults = rollouts.outcomes, self.curriculum.sources, self.collector.scorer.take_faults()
+        counts = count_loops(rollouts.completions)
+        loops = all_gather_array(counts, self.replica.group, self.replica.device).sum(axis=0)
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
         self.monitor.log_step(self.step, {
             **step_metrics(outcomes, sources, self.max_length),
@@ -174,6 +183,7 @@ class GRPOTrainer:
             **(self.curriculum.metrics() if self.owns_curriculum else {}),
             **self.actor.memory_usage(),
             **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
+            **rollout_metrics(loops, float(outcomes.lengths.sum()), watch.seconds["gen"], self.replica.world_size),
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
             "perf/generated_tokens": float(outcomes.lengths.sum() + rollouts.tokens_before),
         })  # fmt: skip

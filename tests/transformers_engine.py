@@ -37,6 +37,8 @@ class TransformersEngine:
         self.options = SamplingOptions(max_length, tuple(stop_ids), temperature, top_k, top_p)
         self.version, self.asleep = version, False
 
+    def close(self) -> None: ...
+
     @torch.no_grad()
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         if self.asleep or self.version < 0:

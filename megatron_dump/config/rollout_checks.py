@@ -21,6 +21,17 @@ def check_backend(config: Config) -> None:
         raise ConfigError(f"{_KEY}.reshard={backend.reshard}: known are true, false, auto and pipeline")
     if backend.type == "recorded" and not backend.path:
         raise ConfigError(f"{_KEY}.path: no value; name the folder of recorded completions")
+    if backend.engines < 1:
+        raise ConfigError(f"{_KEY}.engines={backend.engines}: must be at least 1")
+    if backend.type != "vllm" and (backend.engines > 1 or backend.ray.enabled):
+        key = "ray.enabled=true" if backend.ray.enabled else f"engines={backend.engines}"
+        raise ConfigError(f"{_KEY}.{key}: engines belong to {_KEY}.type=vllm, which is {backend.type}: set that")
+    workers = config.model.data.reward_workers
+    if workers.ray_actors < 0 or (workers.ray_actors and not workers.workers):
+        raise ConfigError(
+            f"model.data.reward_workers.ray_actors={workers.ray_actors}: must not be negative, and each actor needs "
+            f"model.data.reward_workers.workers, which is {workers.workers}"
+        )
     if backend.type == "vllm":
         _check_vllm(config, backend.vllm)
     elif backend.vllm:

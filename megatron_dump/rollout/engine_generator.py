@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class EngineGenerator:
     """A Generator and AsyncGenerator; all ranks of the run call it alike, with their replica's requests or none.
 
     engine: on the replica's lead; None on the others. renew: restarts engines that are not alive and gives them the
-    present weights, a collective of all ranks (WeightSync.push). An engine that dies loses nothing: what it was asked
+    present weights, a collective of all ranks (WeightSync.push). decode: token ids -> text; None: texts are left
+    empty. An engine that dies loses nothing: what it was asked
     for is asked again, and the seeds make it the same on the same weights.
     """
 
@@ -35,10 +36,11 @@ class EngineGenerator:
         engine: EngineHandle | None,
         replica: Replica,
         seed: int,
-        decode: Callable[[list[int]], str],
+        decode: Callable[[list[int]], str] | None,
         renew: Callable[[], None],
     ) -> None:
         self.engine, self.replica, self.seed, self.decode, self.renew = engine, replica, seed, decode, renew
+        self._asked: list[Future[_Answers]] = []
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         return self.submit(step, requests).result()
@@ -46,10 +48,23 @@ class EngineGenerator:
     def submit(self, step: int, requests: Sequence[Request]) -> EnginePending:
         return EnginePending(self, step, requests)
 
-    def with_text(self, completion: Completion) -> Completion:
-        """The completion, decoded."""
-        ids = completion.token_ids[: len(completion.token_ids) - completion.finished]
-        return dataclasses.replace(completion, text=self.decode(ids.tolist()))
+    def drain(self) -> None:
+        """Returns when everything asked for is answered, or lost. No collective."""
+        wait(self._asked)
+
+    def ask(self, requests: Sequence[EngineRequest]) -> Future[_Answers] | None:
+        """None on ranks that drive no engine."""
+        if self.engine is None or not requests:
+            return None
+        future = self.engine.generate(requests)
+        self._asked = [f for f in self._asked if not f.done()] + [future]
+        return future
+
+
+def with_text(decode: Callable[[list[int]], str], completion: Completion) -> Completion:
+    """The completion, decoded."""
+    ids = completion.token_ids[: len(completion.token_ids) - completion.finished]
+    return dataclasses.replace(completion, text=decode(ids.tolist()))
 
 
 class EnginePending:
@@ -64,7 +79,7 @@ class EnginePending:
             )
             for r in self._requests
         ]
-        self._future = self._ask()
+        self._future = generator.ask(self._asked)
 
     def result(self) -> list[Completion]:
         """Waits. A collective of all ranks; RuntimeError on every rank when an engine cannot be brought back."""
@@ -85,15 +100,12 @@ class EnginePending:
             if lost[:, 1].any():  # else only the requests were lost: another Pending has brought the engine back
                 self._generator.renew()
             if died is not None:
-                self._future = self._ask()
+                self._future = self._generator.ask(self._asked)
         if replica.ranks is not None:
             mine = gather_completions(mine, replica.ranks, device)
         found = {(c.group_id, c.sample): c for c in mine}
-        return [self._generator.with_text(found[r.group_id, sample]) for r in self._requests for sample in r.samples]
-
-    def _ask(self) -> Future[_Answers] | None:
-        engine = self._generator.engine
-        return engine.generate(self._asked) if engine is not None and self._asked else None
+        ordered, decode = [found[r.group_id, s] for r in self._requests for s in r.samples], self._generator.decode
+        return [with_text(decode, completion) for completion in ordered] if decode else ordered
 
     def _alive(self) -> bool:
         engine = self._generator.engine

@@ -64,9 +64,7 @@ def one_rank(arguments: list[str]) -> str:
     trainer = build_trainer(SCRIPT.read_config(arguments)[1])
     trainer.resume()
     trainer.fit()
-    trainer.monitor.close()
-    trainer.collector.scorer.close()
-    trainer.engines.close()
+    trainer.close()
     last = trainer.collector.sampler.last_draw
     return last.weights.tobytes().hex() if last else ""
 

@@ -9,6 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from megatron_dump import config as schema
+from megatron_dump.ray_cluster import RayOptions
+from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.weight_sync.options import WeightSyncOptions
 
 CONF = pathlib.Path(__file__).resolve().parents[2] / "examples/conf"
@@ -106,8 +108,10 @@ def test_errors_are_one_line_with_key_value_and_remedy(override, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_weight_syncs_block_is_its_options():
+def test_blocks_of_engines_are_their_options():
     assert vars(schema.WeightSyncConfig()) == vars(WeightSyncOptions())
+    assert vars(schema.PoolConfig()) == vars(PoolOptions())
+    assert vars(schema.RayConfig()) == {"enabled": False, **vars(RayOptions())}
 
 
 def test_a_known_key_needs_no_plus():

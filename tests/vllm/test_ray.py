@@ -74,7 +74,7 @@ def test_engines_on_two_nodes_lose_nothing_and_get_weights(cluster, model, optio
     finally:
         sync.close()
         pool.close()
-    with pytest.raises(EngineDied):
+    with pytest.raises(EngineDied, match="it is closed"):
         first.generate(asked).result(5)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
 
 import psutil
 import pytest
 
-from tests.distributed.runs import make_data, rows, train
+from tests.distributed.runs import REPO, arguments, make_data, rows, train
 
 pytestmark = pytest.mark.vllm
 
@@ -70,13 +76,60 @@ def test_two_ranks_train_as_one(data, one_rank, tmp_path, tensor):
     _check(logged)
     assert len(list((tmp_path / "engines").iterdir())) == 2 // tensor
 
-    def sampled(folder):
-        return [(row["group_id"], row["sample"], row["token_ids"]) for row in _rollouts(folder)]
-
-    assert sampled(tmp_path) == sampled(log_dir)
+    assert _sampled(tmp_path) == _sampled(log_dir)
     assert logged[0]["actor/grad_norm"] == pytest.approx(expected[0]["actor/grad_norm"], rel=1e-3)
     logs = {str(path) for path in (tmp_path / "engines").iterdir()}
     assert not [p for p in psutil.process_iter() if logs & _open_files(p)]
+
+
+def test_several_engines_of_a_replica_sample_what_one_does(data, one_rank, tmp_path):
+    logged = _run(1, data, tmp_path, **{f"{BACKEND}.engines": 2, f"{BACKEND}.pool.min_chunk_tokens": 64})
+    _check(logged)
+    assert len(list((tmp_path / "engines").iterdir())) == 2
+    for step in range(STEPS):
+        assert _sampled(tmp_path, step) == _sampled(one_rank[1], step)
+
+
+def test_generation_runs_ahead_of_training(data, tmp_path):
+    """The engine works on the next step while this one is trained: its rollouts are a version old, and corrected."""
+    ahead = {"trainer.grpo.max_staleness": 1, "model.grpo.importance_sampling_cap": 2.0}
+    logged = _run(2, data, tmp_path, **ahead)
+    assert [row["rollout/age_max"] for row in logged] == [0, 1, 1]
+    for step in range(STEPS):
+        assert {row["policy_version"] for row in _rollouts(tmp_path, step)} == {max(step - 1, 0)}
+    assert logged[0]["rollout/logprob_diff_max"] < 1e-3
+    assert abs(logged[0]["rollout_corr/rollout_is_mean"] - 1) < 1e-4
+
+
+def test_engines_and_reward_workers_on_ray(data, one_rank, tmp_path):
+    """The documented command: two ranks, two engines that they share, a cluster of the run's own."""
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # Ray's sockets have long names
+    settings = {
+        f"{BACKEND}.type": "vllm", f"{BACKEND}.record": tmp_path / "rollouts", f"{BACKEND}.ray.enabled": "true",
+        f"{BACKEND}.engines": 2, f"{BACKEND}.ray.num_cpus": 4, f"{BACKEND}.ray.temp_dir": temporary,
+        "model.data.reward_workers.ray_actors": 1, "model.data.reward_workers.workers": 1,
+        "trainer.grpo.max_steps": STEPS,
+        "model.grpo.length_params.max_length": 24,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "examples/train_gpt_grpo.py"]
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    ran = subprocess.run(
+        command + arguments(2, data, tmp_path, **settings), cwd=REPO, env=env, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    try:
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        logged = rows(tmp_path)
+        _check(logged)
+        assert [_sampled(tmp_path, step) for step in (0, 1)] == [_sampled(one_rank[1], step) for step in (0, 1)]
+        assert logged[0]["critic/rewards/mean"] == one_rank[0][0]["critic/rewards/mean"]
+        assert not [p for p in psutil.process_iter(["cmdline"]) if str(temporary) in " ".join(p.info["cmdline"] or [])]
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sampled(folder, step=0):
+    return [(row["group_id"], row["sample"], row["token_ids"]) for row in _rollouts(folder, step)]
 
 
 def _open_files(process) -> set[str]:

@@ -49,8 +49,8 @@ sync = WeightSync(
     WeightSyncOptions(transport="broadcast"), hosts=[engine.place["host"] for engine in engines], replica=rank,
 )
 everyone = Replica(0, 1, None, cpu, dist.group.WORLD)
-inner = EngineGenerator(pool, everyone, 7, lambda ids: "", lambda: sync.push(1))
-generator = SharedGenerator(inner, Replica(rank, 2, None, cpu), inner.with_text)
+inner = EngineGenerator(pool, everyone, 7, None, lambda: sync.push(1))
+generator = SharedGenerator(inner, Replica(rank, 2, None, cpu), lambda completion: completion)
 sync.push(1)
 prompts = [Prompt(g, "s", r.prompt, "") for g, r in enumerate(requests(n_prompts=5, length=20))]
 mine = [Request(g, prompts[g], 3) for g in range(rank, 5, 2)]

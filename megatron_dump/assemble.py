@@ -14,7 +14,7 @@ from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.checkpoint import Checkpoints
-from megatron_dump.actor.layout import check_layout, check_model, check_run, layout_of
+from megatron_dump.actor.layout import Layout, check_layout, check_model, check_run, layout_of
 from megatron_dump.collect import Collector
 from megatron_dump.config import Config, ConfigError, CurriculumConfig
 from megatron_dump.curriculum.curriculum import Curriculum
@@ -40,15 +40,7 @@ def build_trainer(config: Config) -> GRPOTrainer:
     every rank can tell on its own.
     """
     grpo, model = config.trainer.grpo, config.model
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = layout_of(model)
-    replicas = check_layout(layout, world_size)
-    schema.check_world(config, world_size, replicas)
-    arch = read_architecture(
-        config.pretrained_checkpoint.restore_from_path, model.make_vocab_size_divisible_by, layout.tensor
-    )
-    check_model(arch, layout)
-    check_run(config, layout, replicas, arch.experts is not None)
+    layout = _checked_layout(config)
     tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
     train = load_data(config, tokenizer, model.data.train_files, "model.data.train_files")
     validation = None
@@ -57,19 +49,10 @@ def build_trainer(config: Config) -> GRPOTrainer:
         _check_monitor(config, validation)
     sources = sorted({*train.sources, *(validation.sources if validation else ())})
     reward_functions(model.data.rewards, sources)  # tells on every rank what is wrong with them
-    curriculum = Curriculum(
-        train.source_of_rows,
-        grpo.num_prompts_per_grpo_step,
-        grpo.samples_per_prompt,
-        model.seed,
-        blocks_of(grpo.curriculum),
-        train.fingerprint,
-        max_steps=grpo.max_steps,
-        max_staleness=grpo.max_staleness,
-    )
+    curriculum = make_curriculum(config, train)
     grid = parallel.initialize(layout, model.seed, config.trainer.collective_timeout_s)
     actor = MegatronGPTGRPOActor(config, grid)
-    log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
+    log_dir, manager = pathlib.Path(config.exp_manager.explicit_log_dir), config.exp_manager
     _check_lengths(config, actor, train, validation)
     replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     cluster = connect(config, grid.rank, grid.device)
@@ -106,15 +89,40 @@ def build_trainer(config: Config) -> GRPOTrainer:
         curriculum=curriculum,
         replica=replica,
         checkpoints=Checkpoints(
-            log_dir / "checkpoints",
-            actor,
-            config.exp_manager.checkpoint_callback_params,
-            config.exp_manager.resume_from_checkpoint,
+            log_dir / "checkpoints", actor, manager.checkpoint_callback_params, manager.resume_from_checkpoint
         ),
-        monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(config.exp_manager)),
+        monitor=Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(manager)),
         reward_kl=reward_kl if grpo.kl_in_reward else None,
         notice=generators.notice,
         cluster=cluster,
+    )
+
+
+def _checked_layout(config: Config) -> Layout:
+    """How the ranks that were started are to split the model of config.json; what does not go together is refused."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = layout_of(config.model)
+    replicas = check_layout(layout, world_size)
+    schema.check_world(config, world_size, replicas)
+    path = config.pretrained_checkpoint.restore_from_path
+    arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
+    check_model(arch, layout)
+    check_run(config, layout, replicas, arch.experts is not None)
+    return layout
+
+
+def make_curriculum(config: Config, train: PromptDataset) -> Curriculum:
+    """Over the training data's rows."""
+    grpo = config.trainer.grpo
+    return Curriculum(
+        train.source_of_rows,
+        grpo.num_prompts_per_grpo_step,
+        grpo.samples_per_prompt,
+        config.model.seed,
+        blocks_of(grpo.curriculum),
+        train.fingerprint,
+        max_steps=grpo.max_steps,
+        max_staleness=grpo.max_staleness,
     )
 
 

@@ -63,7 +63,7 @@ def _listen(connection: socket.socket, calls: queue.SimpleQueue[frames.Message],
                 calls.put(frames.receive(connection))
     except (EOFError, OSError):
         pass
-    os.killpg(0, signal.SIGKILL)  # the session is ours
+    os.killpg(0, signal.SIGKILL)  # this process leads it, so that its own children end too
 
 
 def _build(factory: str, options: dict[str, Any]) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 import queue
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 
-class EventThread(threading.Thread):
+class EventThread(threading.Thread, abc.ABC):
     """Subclasses say what follows from an event (`advance`), and when the clock alone matters (`deadline`)."""
 
     def __init__(self, name: str) -> None:
@@ -32,17 +33,17 @@ class EventThread(threading.Thread):
         self.post(self._end)
         self.join()
 
+    @abc.abstractmethod
     def advance(self) -> None:
         """Called after events, and at the deadline."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def deadline(self) -> float | None:
         """When to call `advance` though nothing happened, in time.monotonic's seconds."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def broken(self, error: Exception) -> None:
         """An event or `advance` raised: a fault of the program, which must leave nobody waiting."""
-        raise NotImplementedError
 
     def run(self) -> None:
         while not self._ended:

@@ -138,7 +138,11 @@ ERRORS = {
         r"trainer\.num_nodes=1 × trainer\.devices=8 = 8 ranks, but 2 were started: make them agree",
     ),
     "generation": (
-        lambda data: {"model.context_parallel_size": 2, "trainer.grpo.inference_backend.reshard": "false"},
+        lambda data: {
+            "model.context_parallel_size": 2,
+            "model.share_prompts": "false",
+            "trainer.grpo.inference_backend.reshard": "false",
+        },
         r"model\.context_parallel_size=2: generation cannot .*; set trainer\.grpo\.inference_backend\.reshard=true",
     ),
     "no source column": (

@@ -12,11 +12,12 @@ from tests.distributed.runs import MODEL, make_data, rows, train
 
 STEPS = 2
 RESHARD = {"trainer.grpo.inference_backend.reshard": "true"}
+ROWS = {"model.share_prompts": "false"}
 SPLIT = {"trainer.grpo.inference_backend.reshard": "false"}
 LAYOUTS = {  # ranks, tensor, pipeline, other keys
     "TP2xSP": (2, 2, 1, {**SPLIT, "model.sequence_parallel": "true"}),
-    "PP2xVPP2": (2, 1, 2, {**RESHARD, "model.virtual_pipeline_model_parallel_size": 2}),
-    "CP2xDP2": (4, 1, 1, {**RESHARD, "model.context_parallel_size": 2}),
+    "PP2xVPP2": (2, 1, 2, {**RESHARD, **ROWS, "model.virtual_pipeline_model_parallel_size": 2}),
+    "CP2xDP2": (4, 1, 1, {**RESHARD, **ROWS, "model.context_parallel_size": 2}),
     "EP2": (2, 1, 1, {**RESHARD, "model.expert_model_parallel_size": 2}),
     "EP2 split": (2, 1, 1, {**SPLIT, "model.expert_model_parallel_size": 2}),
 }

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dump.actor import convert
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny import FAMILIES, make_actor, train_one_step, write_model
+from tests.distributed.tiny import FAMILIES, check_trained_alike, make_actor, train_one_step, write_model
 
 TP2, PP2, CP2, EP2 = (
     {f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
@@ -81,14 +81,7 @@ def test_training_equals_one_rank(folders, single, layout):
     family, world, model = LAYOUTS[layout]
     expected, expected_weights = single[family]
     results = run_ranks(lambda: _train(folders[family], **model), world)
-    for metrics, weights in results:
-        for ours, theirs in zip(metrics, expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            for key in ours:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), key
-        for name, weight in weights.items():
-            np.testing.assert_allclose(weight, expected_weights[name], rtol=0, atol=1e-5, err_msg=name)
-    assert {name for _, weights in results for name in weights} == set(expected_weights)
+    check_trained_alike(results, expected, expected_weights)
 
 
 @pytest.mark.parametrize("layout", ["split experts", "EP2xCP2", "PP2"])

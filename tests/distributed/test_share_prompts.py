@@ -10,7 +10,7 @@ from megatron_dump.actor import batching, convert
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.types import Completion, TrainBatch
 from tests.distributed.launch import run_ranks
-from tests.distributed.tiny import FAMILIES, VOCABULARY, make_actor, write_model
+from tests.distributed.tiny import FAMILIES, VOCABULARY, check_trained_alike, make_actor, write_model
 
 SIZES = (5, 1, 3, 4, 2, 1)  # rollouts of each group
 N = sum(SIZES)
@@ -99,14 +99,7 @@ def test_training_equals_rows_by_themselves(folders, rows_by_themselves, case):
     family, world, model = CASES[case]
     expected, expected_weights = rows_by_themselves[family]
     results = run_ranks(lambda: _train(folders[family][0], share_prompts=True, **model), world)
-    for metrics, weights in results:
-        for ours, theirs in zip(metrics, expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            for key in ours:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), key
-        for name, weight in weights.items():
-            np.testing.assert_allclose(weight, expected_weights[name], rtol=0, atol=1e-5, err_msg=name)
-    assert {name for _, weights in results for name in weights} == set(expected_weights)
+    check_trained_alike(results, expected, expected_weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

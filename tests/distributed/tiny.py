@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -99,3 +100,15 @@ def train_one_step(actor: MegatronGPTGRPOActor, seed: int) -> dict[str, float]:
         batch.old_logprobs = batch.old_logprobs + 0.3 * np.sin(np.arange(batch.tokens.shape[1], dtype=np.float32))
     batch.ref_logprobs = actor.compute_logprobs(batch, reference=True)
     return actor.train_step(batch)
+
+
+def check_trained_alike(results, expected, expected_weights) -> None:
+    """Ranks' (metrics of each step, their weights by name in the whole model) against one rank's: within 1e-5."""
+    for metrics, weights in results:
+        for ours, theirs in zip(metrics, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), key
+        for name, weight in weights.items():
+            np.testing.assert_allclose(weight, expected_weights[name], rtol=0, atol=1e-5, err_msg=name)
+    assert {name for _, weights in results for name in weights} == set(expected_weights)

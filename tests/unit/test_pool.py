@@ -119,28 +119,29 @@ def test_a_request_that_kills_every_engine_ends(make_pool):
     assert sum(len(h.pids) for h in handles) <= 4
 
 
-def test_all_dead_at_once(make_pool):
-    pool, handles = make_pool(3)
+def killed_at_work(pool, handles, requests):
+    """What becomes of requests whose engines are all killed once each has begun."""
     for handle in handles:
         (handle.folder / "slow").write_text("0.05")
-    requests = requests_of(30)
     future = pool.generate(requests)
     wait_for(lambda: all(h.served() for h in handles))
     for handle in handles:
         os.kill(handle.pids[0], signal.SIGKILL)
+    return future
+
+
+def test_all_dead_at_once(make_pool):
+    pool, handles = make_pool(3)
+    requests = requests_of(30)
+    future = killed_at_work(pool, handles, requests)
     assert plain(future.result(20)) == expected(requests)  # they need no weights yet, so they go on as they began
 
 
 def test_all_dead_at_once_without_weights_is_told_and_mended(make_pool):
     pool, handles = make_pool(2)
     pool.load_weights(5, {"shm": "a"}).result(5)
-    for handle in handles:
-        (handle.folder / "slow").write_text("0.05")
     requests = requests_of(30)
-    future = pool.generate(requests)
-    wait_for(lambda: all(h.served() for h in handles))
-    for handle in handles:
-        os.kill(handle.pids[0], signal.SIGKILL)
+    future = killed_at_work(pool, handles, requests)
     with pytest.raises(EngineDied, match="no engine has weights, load them again .*exit code -9"):
         future.result(10)
     with pytest.raises(EngineDied):

@@ -1,6 +1,8 @@
 # make demo   set-up, data, training, report: everything, on two cores without a GPU
 # make test   set-up and tests
 # make test-vllm   the same for generation with vLLM and Ray, in an environment of its own
+# make test-slurm   the launch script on a real Slurm cluster of fake nodes (root; installs Debian's packages)
+# make soak   twenty random kills of a run on that cluster; minutes to half an hour
 # make lint   ruff, pyright and Debian's shellcheck
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo test test-vllm lint clean
+.PHONY: venv data demo test test-vllm test-slurm soak slurm lint clean
 
 venv: $(VENV)/.installed
 
@@ -52,6 +54,18 @@ $(VENV_VLLM)/.installed: setup.py
 
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev iproute2 procps gcc libc6-dev
+slurm:
+	@dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1 || { \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); }
+
+# The Ray variant needs vLLM's environment.
+test-slurm: venv $(VENV_VLLM)/.installed slurm
+	CI=1 RAY_PYTHON=$(CURDIR)/$(VENV_VLLM)/bin/python $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+soak: venv slurm
+	$(BIN)/python -m tests.slurm.soak --kills 20 --out docs/results/slurm_soak.md
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh

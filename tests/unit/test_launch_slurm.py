@@ -1,4 +1,4 @@
-"""launch_slurm.sh with fake Slurm commands: what it asks of srun and torchrun, and what it never prints."""
+"""launch_slurm.sh with fake Slurm commands: what it asks of srun, and what it never prints. tests/slurm has a real Slurm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FAKES = {
     # srun writes its own options, then runs the step's command as the second node would
     "srun": """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do echo "SRUN $1"; shift; done
-SLURM_NODEID=1 exec "$@"
+SLURM_PROCID=1 exec "$@"
 """,
     "scontrol": """#!/usr/bin/env bash
 case "$1 $2" in
   "show hostnames") printf 'node7\\nnode8\\n' ;;
-  "show job") printf 'JobId=%s JobName=x\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "$FAKE_COMMAND" ;;
+  "show job") printf 'JobId=%s JobName=x\\n   EndTime=Unknown\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "$FAKE_COMMAND" ;;
 esac
 """,
     "getent": """#!/usr/bin/env bash
@@ -30,7 +30,12 @@ esac
 """,
     "fakepython": f"""#!{sys.executable}
 import json, os, sys
-print("PYTHON", json.dumps({{"argv": sys.argv[1:], "cwd": os.getcwd(), "key": os.environ.get("WANDB_API_KEY") == "s3cr3t"}}))
+tool, *argv = sys.argv[1:]
+if tool == "tools/slurm/run_node.py":
+    key = os.environ.get("WANDB_API_KEY") == "s3cr3t"
+    print("PYTHON", json.dumps({{"argv": argv, "cwd": os.getcwd(), "key": key}}), flush=True)
+    outcome = argv[-1].partition("exp_manager.outcome_file=")[2]
+    open(outcome, "w").write(json.dumps({{"state": "finished", "step": 1}}))
 """,
 }
 JOB = {
@@ -38,6 +43,8 @@ JOB = {
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "node[7-8]",
     "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_JOB_NAME": "x",
+    "SLURM_JOB_PARTITION": "main",
 }
 
 
@@ -56,6 +63,7 @@ def launch(tmp_path):
 
     def run(*args: str, trace: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
         base = {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHON": "fakepython", **JOB}
+        base["SLURM_SUBMIT_DIR"] = str(tmp_path)
         base["FAKE_COMMAND"] = " ".join([str(repo / "launch_slurm.sh"), *args])
         command = ["bash", *(["-x"] if trace else []), str(spool / "slurm_script"), *args]
         options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 20}
@@ -79,18 +87,27 @@ def test_syntax():
     assert os.access(SCRIPT, os.X_OK)
 
 
-def test_one_torchrun_a_node(launch):
+def test_one_task_a_node_twice(launch, tmp_path):
+    """First the pre-flight, then torchrun."""
     result = launch("--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'")
-    assert srun_options(result) == [
-        "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none",
+    attempt = tmp_path / "slurm-x-123456" / "attempt_0"
+    common = [
+        "--overlap", "--nodes=2", "--nodelist=node7,node8", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none",
+        "--kill-on-bad-exit=1", "--wait=60", "--export=ALL",
     ]  # fmt: skip
+    options = srun_options(result)
+    middle = options.index("--overlap", 1)
+    assert options[:middle] == [
+        *common, f"--output={attempt}/%N.preflight.log", "--open-mode=append", "--kill-on-bad-exit=0",
+    ]  # fmt: skip
+    assert options[middle:] == [*common, f"--output={attempt}/%N.log", "--open-mode=append"]
     call = python_call(result)
     assert call["cwd"] == str(launch.repo)
     assert call["argv"] == [
-        "-m", "torch.distributed.run", "--node-rank=1", "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0",
-        "--rdzv-backend=static", "--rdzv-id=123456", "--rdzv-endpoint=10.0.0.7:23456",
-        "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'",
-        "trainer.num_nodes=2", "trainer.devices=4",
+        "--head", "10.0.0.7:23824", "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0", "--rdzv-id=123456",
+        f"--log-dir={attempt}/ranks", "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6",
+        "exp_manager.name='a b'", "trainer.num_nodes=2", "trainer.devices=4",
+        f"exp_manager.outcome_file={attempt}/outcome.json",
     ]  # fmt: skip
 
 
@@ -101,13 +118,14 @@ def test_processes_a_node_without_gpus(launch):
     assert "NPROC_PER_NODE" in result.stderr
 
 
-def test_container_and_site_file(launch):
+def test_container_and_site_file(launch, tmp_path):
     image = "registry#team/megatron:1"
     (launch.repo / "launch_slurm.env").write_text(f'CONTAINER_IMAGE="{image}"\n: "${{NPROC_PER_NODE:=8}}"\n')
     result = launch(CONTAINER_MOUNTS="/data:/data", NPROC_PER_NODE="2")
-    assert srun_options(result)[5:] == [
+    folder = tmp_path / "slurm-x-123456"
+    assert [option for option in srun_options(result) if option.startswith("--container-")] == 2 * [
         f"--container-image={image}",
-        f"--container-mounts={launch.repo}:{launch.repo},/data:/data",
+        f"--container-mounts={launch.repo}:{launch.repo},{folder}:{folder},/data:/data",
         f"--container-workdir={launch.repo}",
     ]
     assert "trainer.devices=2" in python_call(result)["argv"]  # the environment wins over a := line

@@ -162,7 +162,7 @@ preflight() {
     local code=0 srun_options=(--kill-on-bad-exit=0) # each node says what it found
     [[ ${PREFLIGHT:-yes} != no ]] || return 0
     on_nodes .preflight.log "${#nodes[@]}" "$node_list" tools/slurm/preflight.py --folder "$attempt/preflight" \
-        --nodes "${#nodes[@]}" --nproc "$nproc" --head "$head_ip:$((port + 1))" -- "${training[@]:1}" &
+        --nodes "${#nodes[@]}" --training-nodes "${#trainers[@]}" --nproc "$nproc" --head "$head_ip:$((port + 1))" -- "${training[@]:1}" &
     step=$!
     wait_for "$step" || code=$?
     step=

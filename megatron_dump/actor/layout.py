@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from megatron_dump.actor.architecture import Architecture
-from megatron_dump.actor.spec import transformer_engine_runs
+from megatron_dump.actor.transformer_engine import transformer_engine_runs
 from megatron_dump.config import Config, ConfigError, ModelConfig
 
 

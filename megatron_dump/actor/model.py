@@ -14,7 +14,8 @@ from megatron_dump.actor.architecture import Architecture
 from megatron_dump.actor.attention import PositionedRotaryEmbedding, SDPACoreAttention
 from megatron_dump.actor.layout import check_model
 from megatron_dump.actor.parallel import Parallel
-from megatron_dump.actor.spec import block_spec, transformer_engine_runs
+from megatron_dump.actor.spec import block_spec
+from megatron_dump.actor.transformer_engine import transformer_engine_runs
 from megatron_dump.config import ModelConfig
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -26,11 +25,6 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
         # Each tensor rank sees its part of the sequence only: megatron-core then sums the weight's gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def transformer_engine_runs() -> bool:
-    """Is Transformer Engine installed, and a GPU there for it?"""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def block_spec(config: TransformerConfig, layers: range, tensor_group: dist.ProcessGroup) -> TransformerBlockSubmodules:

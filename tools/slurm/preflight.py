@@ -1,6 +1,6 @@
 """Pre-flight of a run over several nodes: is everything there that it needs? One process a node, all at once.
 
-    srun python tools/slurm/preflight.py --folder ATTEMPT/preflight --nodes N --nproc P --node-rank I --head IP:PORT \
+    srun python tools/slurm/preflight.py --folder ATTEMPT/preflight --nodes N --nproc P --head IP:PORT \
         -- <arguments of examples/train_gpt_grpo.py>
 
 Arguments, versions, GPUs, shared folders, disk, memory, clocks and an all-reduce between the nodes; exit 0 on all nodes
@@ -36,15 +36,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="on a disk that all nodes share")
     parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--training-nodes", type=int, help="the others only generate; default: all")
     parser.add_argument("--nproc", type=int, required=True, help="ranks on each node")
-    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--node-rank", type=int, default=os.environ.get("SLURM_PROCID"), help="default: SLURM_PROCID")
     parser.add_argument("--head", required=True, help="IP:PORT of node 0")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="for reports of nodes, and for the all-reduce")
     args = parser.parse_args(argv[:split])
-    if not 0 <= args.node_rank < args.nodes:
+    if args.node_rank is None or not 0 <= args.node_rank < args.nodes:
         parser.error(f"--node-rank={args.node_rank}: wanted 0 … {args.nodes - 1} (--nodes={args.nodes})")
     if not args.head.rpartition(":")[2].isdigit():
         parser.error(f"--head={args.head}: wanted IP:PORT")
+    args.training_nodes = args.training_nodes or args.nodes
     args.training = argv[split + 1 :]
     return args
 

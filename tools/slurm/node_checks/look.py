@@ -41,7 +41,7 @@ class _Inspection:
     def run(self) -> None:
         facts, args = self.facts, self._args
         try:
-            plan = arguments.check(args.training, args.nodes * args.nproc)
+            plan = arguments.check(args.training, args.training_nodes * args.nproc)
         except (ValueError, OSError) as error:  # what the trainer takes for wrong input
             facts.refused = one_line(error)
             return

@@ -119,8 +119,8 @@ class Cluster:
             f"mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray; exec slurmd -D -N {node}"
         )
         self._processes[node] = subprocess.Popen(
-            [*_DIE_WITH_US, "nsenter", f"--net=/run/netns/{self._tag}{node}", "unshare", "--uts", "--mount", "--pid", "--fork",
-             "--kill-child", "--mount-proc", "bash", "-c", inside],
+            [*_DIE_WITH_US, "nsenter", f"--net=/run/netns/{self._tag}{node}", "unshare", "--uts", "--mount", "--pid",
+             "--fork", "--kill-child", "--mount-proc", "bash", "-c", inside],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, start_new_session=True,
         )  # fmt: skip
         out.close()

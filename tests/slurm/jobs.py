@@ -79,9 +79,8 @@ class Run:
 
     def results(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """(metrics of each step but times, draws)."""
-        kept = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows(self.log_dir)]
-        for row in kept:
-            row.pop("time", None)
+        machine = ("timing_s/", "perf/", "time")
+        kept = [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows(self.log_dir)]
         return kept, draws(self.log_dir)
 
     def ranks(self, node: str) -> list[int]:

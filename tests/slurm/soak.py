@@ -67,21 +67,14 @@ def one_kill(run: Run, number: int, rng: random.Random) -> Kill:
     time.sleep(rng.uniform(0, 5))
     where = strike(run, kind, rng)
     killed, kill = time.monotonic(), Kill(number + 1, kind, where, run.steps(), newest(run))
-    cluster.wait(lambda: len(run.attempts()) > attempts or _start(run), 180, lambda: f"no new attempt:\n{run.text[-3000:]}")
+    run.wait_attempt(attempts + 1)
     for node in cluster.nodes:
         cluster.revive(node)
-    cluster.wait(lambda: _resumed(run) is not None or _start(run), 240, lambda: f"no resume:\n{run.text[-3000:]}")
+    cluster.wait(lambda: _resumed(run) is not None, 240, lambda: f"no resume:\n{run.text[-3000:]}")
     kill.resumed = _resumed(run) or 0
     cluster.wait(lambda: _trains(run), 240, lambda: f"no step after {begun}:\n{run.text[-3000:]}")
     kill.seconds = time.monotonic() - killed
     return kill
-
-
-def _start(run: Run) -> bool:
-    """False; a requeued job need not wait for its credentials."""
-    if run.cluster.state(run.job) == "PENDING":
-        run.cluster.start_now(run.job)
-    return False
 
 
 def _resumed(run: Run) -> int | None:
@@ -98,17 +91,17 @@ def _trains(run: Run) -> bool:
 
 
 def report(kills: list[Kill], same: bool, steps: int, seconds: float) -> str:
+    verdict = "equal, bit for bit" if same else "NOT EQUAL"
     good = sum(kill.resumed == kill.complete for kill in kills)
-    rows = "\n".join(
-        f"| {k.number} | {k.kind} | {k.where} | {k.step} | {k.complete} | {k.resumed} | {k.seconds:.0f} |" for k in kills
-    )
+    cells = ((k.number, k.kind, k.where, k.step, k.complete, k.resumed, round(k.seconds)) for k in kills)
+    rows = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
     return f"""# Twenty kills in a row
 `make soak`: the kk_cpu job (TP=2 × DP=2 on two of three nodes of a real Slurm cluster on one machine with two cores),
-{steps} steps with a checkpoint every second one, killed with `kill -9` at random: a rank, a whole node, or a rank in the
-middle of a save. {time.strftime("%Y-%m-%d")}, {seconds / 60:.0f} minutes.
+{steps} steps with a checkpoint every second one, killed with `kill -9` at random: a rank, a whole node, or a rank in
+the middle of a save. {time.strftime("%Y-%m-%d")}, {seconds / 60:.0f} minutes.
 
 - Resumed from the newest complete checkpoint: {good} of {len(kills)}.
-- Metrics of all {steps} steps and all draws against an undisturbed run: {"equal, bit for bit" if same else "NOT EQUAL"}.
+- Metrics of all {steps} steps and all draws against an undisturbed run: {verdict}.
 
 | kill | what | where | step | complete checkpoint | resumed from | seconds until it trained again |
 |--|--|--|--|--|--|--|

@@ -54,7 +54,8 @@ def test_signal_saves_requeues_and_finishes(jobs, plain):
 
 def test_time_limit_and_stop_file(jobs):
     """The limit is the job's own, two minutes, and no signal tells of it. The run goes on until somebody says STOP."""
-    run = jobs.submit("--time=2", "--signal=B:CONT@1", **{"trainer.grpo.max_steps": 1000, "trainer.grpo.save_interval": 0})
+    endless = {"trainer.grpo.max_steps": 1000, "trainer.grpo.save_interval": 0}
+    run = jobs.submit("--time=2", "--signal=B:CONT@1", **endless)
     run.wait_attempt(2)
     assert run.outcome(0)["state"] == "stopped"
     assert "time" in run.outcome(0)["reason"]
@@ -76,7 +77,7 @@ def test_nodes_die(jobs, plain):
     [batch, third] = run.nodes()
     jobs.cluster.kill_node(batch)
     jobs.cluster.wait(lambda: jobs.cluster.state(run.job) == "PENDING", 60, lambda: run.text[-3000:])
-    jobs.cluster.run("scontrol", "update", f"jobid={run.job}", "NumNodes=1")  # or sbatch --nodes=1-2 from the start
+    jobs.cluster.run("scontrol", "update", f"jobid={run.job}", "NumTasks=1", "NumNodes=1")  # or --nodes=1-2
     run.wait("COMPLETED")
     assert run.nodes() == [third]
     assert run.outcome() == {"state": "finished", "step": STEPS, "max_steps": STEPS, "reason": ""}

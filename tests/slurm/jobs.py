@@ -106,8 +106,13 @@ class Jobs:
         folder.mkdir(exist_ok=True)
         self._runs: list[Run] = []
 
-    def submit(self, *options: str, nodes: str = "2", env: dict[str, str] | None = None, **overrides: Any) -> Run:
-        """options: sbatch's. The script is named by its path, from another folder, as README has it."""
+    def submit(
+        self, *options: str, nodes: str = "2", second: str = "", env: dict[str, str] | None = None, **overrides: Any
+    ) -> Run:
+        """options: sbatch's. The script is named by its path, from another folder, as README has it.
+
+        second: options of a second component of the job.
+        """
         name = f"run{len(self._runs)}"
         log_dir, output = self.folder / name, self.folder / f"{name}.out"
         settings = {
@@ -122,7 +127,8 @@ class Jobs:
             "RETRY_WAIT": "1", **(env or {}),
         }  # fmt: skip
         job = self.cluster.sbatch(
-            f"--nodes={nodes}", f"--output={output}", "--signal=B:USR1@20", *options, str(REPO / "launch_slurm.sh"),
+            f"--nodes={nodes}", f"--output={output}", "--signal=B:USR1@20", *options,
+            *([":", second] if second else []), str(REPO / "launch_slurm.sh"),
             "--config-name=kk_cpu", *(f"{key}={value}" for key, value in settings.items()),
             env=environment, cwd=self.folder,
         )  # fmt: skip

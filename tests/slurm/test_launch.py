@@ -101,12 +101,14 @@ def test_rank_crash_is_retried_in_place(jobs, plain):
 
 
 def test_a_crash_that_stays_is_given_up_with_its_traceback(jobs):
+    """Of the rank that was the first to fail, not of those that lost it."""
     crash = {"model.data.rewards": "{kk_logic_*: 'tests.slurm.crash:reward'}"}
     run = jobs.submit(env={"MAX_FAILURES": "2"}, **crash)
     run.wait("FAILED")
     assert len(run.attempts()) == 2
     assert "2 failures in a row" in run.text
-    assert "in reward" in run.text and "deliberate crash" in run.text  # the traceback
+    assert re.search(r"rank 3\b", run.text)
+    assert "in _fail" in run.text and "deliberate crash" in run.text  # the traceback
     assert jobs.cluster.job(run.job)["Restarts"] == "0"
 
 
@@ -156,3 +158,25 @@ def test_container_flags_reach_srun(jobs, tmp_path):
         f"container-mounts={repository}:{repository},{run.folder}:{run.folder},/data:/data",
         f"container-workdir={repository}",
     }
+
+
+@pytest.mark.parametrize("form", ["one allocation", "two components"])
+def test_generator_nodes(jobs, form):
+    """One node trains, another generates with vLLM under Ray: as nodes of one job, or as a heterogeneous job."""
+    python = os.environ.get("RAY_PYTHON")
+    if not python:
+        pytest.skip("RAY_PYTHON names no interpreter with vLLM and Ray; make test-slurm does")
+    backend = "trainer.grpo.inference_backend"
+    settings = {
+        f"{backend}.type": "vllm", f"{backend}.engines": 1, f"{backend}.vllm.max_model_len": 256,
+        f"{backend}.ray.start_timeout_s": 240, "trainer.grpo.max_steps": 2, "trainer.collective_timeout_s": 480,
+    }  # fmt: skip
+    env = {"PYTHON": python}
+    if form == "one allocation":
+        run = jobs.submit(env={**env, "GENERATOR_NODES": "1"}, **settings)
+    else:
+        run = jobs.submit(second="--nodes=1", nodes="1", env=env, **settings)
+    run.wait("COMPLETED", timeout_s=400)
+    assert run.outcome()["state"] == "finished"
+    assert "Ray: node1, node2" in (run.attempts()[0] / "node1.ray.log").read_text()
+    assert run.steps() == 2

@@ -32,11 +32,15 @@ OPEN_BLOCKS = (
 
 
 def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
-    """Blocks whose keys depend on what they name need no `+`; `block={…}` replaces a curriculum's block as a whole."""
+    """Known keys, and those of blocks that depend on what they name, need no `+` where the YAML has none of them.
+
+    `block={…}` replaces a curriculum's block as a whole.
+    """
+    known = schema.known_keys()
     for override in overrides:
         key, _, value = override.partition("=")
         if not key.startswith(tuple(f"{block}." for block in OPEN_BLOCKS)) and key not in OPEN_BLOCKS:
-            yield override
+            yield f"++{override}" if key in known else override
             continue
         is_block = key in OPEN_BLOCKS or key.rpartition(".")[0] == OPEN_BLOCKS[0]
         if is_block and value.lstrip().startswith("{"):

@@ -43,9 +43,11 @@ def build_trainer(config: Config) -> GRPOTrainer:
     layout = _checked_layout(config)
     tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
     train = load_data(config, tokenizer, model.data.train_files, "model.data.train_files")
+    schema.bound_steps(config, len(train))
     validation = None
     if model.data.validation_files:
         validation = load_data(config, tokenizer, model.data.validation_files, "model.data.validation_files")
+        _keep_prompts(validation, grpo.val_num_prompts_per_grpo_step)
         _check_monitor(config, validation)
     sources = sorted({*train.sources, *(validation.sources if validation else ())})
     reward_functions(model.data.rewards, sources)  # tells on every rank what is wrong with them
@@ -142,6 +144,14 @@ def make_scorer(config: Config, sources: list[str], replica: Replica, cluster: C
 def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:
     """What the Curriculum is made of; the rest of the section concerns the data and the resume."""
     return {k: v for k, v in vars(curriculum).items() if k not in ("source_key", "resume_changed")}
+
+
+def _keep_prompts(validation: PromptDataset, n: int | None) -> None:
+    if n is not None:
+        try:
+            validation.keep(n)
+        except ValueError as error:
+            raise ConfigError(f"trainer.grpo.val_num_prompts_per_grpo_step={n}: {error}") from None
 
 
 def _check_monitor(config: Config, validation: PromptDataset) -> None:

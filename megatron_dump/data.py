@@ -8,6 +8,7 @@ One row is one prompt, in the columns that verl's data sets use:
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -73,6 +74,24 @@ class PromptDataset:
     def check_lengths(self) -> int:
         """Tokenise every row now and return the longest prompt's length: raises at the start, not in mid-run."""
         return max(len(self[row].token_ids) for row in range(len(self)))
+
+    def keep(self, n: int) -> None:
+        """Keep n rows, taken from all sources in turn, in their order; all, if there are no more.
+
+        DataError where a source would get none. The fingerprint becomes that of what is kept.
+        """
+        if n < len(self.sources):
+            raise DataError(f"{n} rows are too few for {len(self.sources)} sources, each of which needs one; raise it")
+        turns: collections.Counter[str] = collections.Counter()
+        order = []
+        for row, source in enumerate(self.source_of_rows):
+            order.append((turns[source], source, row))
+            turns[source] += 1
+        kept = sorted(row for _, _, row in sorted(order)[:n])
+        self._messages = [self._messages[row] for row in kept]
+        self._ground_truths = [self._ground_truths[row] for row in kept]
+        self.source_of_rows = [self.source_of_rows[row] for row in kept]
+        self.fingerprint, self._prompts = self._hash(), {}
 
     def _tokenise(self, row: int) -> Prompt:
         messages = json.loads(self._messages[row])

@@ -42,11 +42,12 @@ def make_generators(
     cluster: rank 0's connection to Ray, where engines run there.
     """
     model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
-    options = sampling_options(config, actor)
+    options = sampling_options(config, actor, tokenizer)
     settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
     choice, precision = choose(actor, backend.reshard), config.trainer.precision
-    policy = Eager(policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings)))
-    training: AsyncGenerator = policy
+    on_weights = policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings))
+    validation = Eager(on_weights.greedy() if config.trainer.grpo.greedy_on_validation else on_weights)
+    training: AsyncGenerator = Eager(on_weights)
     engines: Engines = NoEngines()
     if backend.type == "recorded":
         training = Eager(RecordedGenerator(str(backend.path), tokenizer.decode))
@@ -55,11 +56,13 @@ def make_generators(
     if backend.record:
         writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
         training = RecordingGenerator(training, backend.record, grid.data_rank if writes else None)
-    return Generators(training, policy, engines, choice.notice)
+    return Generators(training, validation, engines, choice.notice)
 
 
-def sampling_options(config: Config, actor: MegatronGPTGRPOActor) -> SamplingOptions:
-    """Of `model.grpo`. ConfigError for a model that names no stop token."""
+def sampling_options(
+    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
+) -> SamplingOptions:
+    """Of `model.grpo`. ConfigError for a model that names no stop token, and for end strings that are no tokens."""
     model, eos = config.model, actor.arch.hf.eos_token_id
     if eos is None:
         raise ConfigError(
@@ -67,12 +70,22 @@ def sampling_options(config: Config, actor: MegatronGPTGRPOActor) -> SamplingOpt
             "has no eos_token_id, so no completion would end; add it"
         )
     sampling, lengths = model.grpo.sampling_params, model.grpo.length_params
+    ends = [_end_token(text, tokenizer) for text in sampling.end_strings]
     return SamplingOptions(
         lengths.max_length,
-        tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        tuple(dict.fromkeys([*(eos if isinstance(eos, (list, tuple)) else [eos]), *ends])),
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
         sampling.use_greedy,
         lengths.min_length,
     )
+
+
+def _end_token(text: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or tokenizer.decode(ids) != text:
+        raise ConfigError(
+            f"model.grpo.sampling_params.end_strings={text!r}: it is no single token of the tokenizer; remove it"
+        )
+    return ids[0]

@@ -146,7 +146,8 @@ def check_model(arch: Architecture, layout: Layout) -> None:
 
 
 def check_run(config: Config, layout: Layout, data_parallel_size: int, has_experts: bool) -> None:
-    """What a layout asks of batches and generation. ConfigError, one line, with the remedy."""
+    """What a layout asks of batches and generation, and a run of the machine. ConfigError names the remedy."""
+    _check_accelerator(config.trainer.accelerator)
     model, pipeline = config.model, layout.pipeline
     if layout.virtual_pipeline and model.dynamic_batching.enabled:
         raise ConfigError(
@@ -182,6 +183,13 @@ def check_run(config: Config, layout: Layout, data_parallel_size: int, has_exper
                 f"model.{key}={size}: generation cannot step through this split; set "
                 "trainer.grpo.inference_backend.reshard=true"
             )
+
+
+def _check_accelerator(asked: str) -> None:
+    there = "gpu" if torch.cuda.is_available() else "cpu"
+    if asked not in ("auto", there):
+        remedy = "hide the GPUs with CUDA_VISIBLE_DEVICES=" if asked == "cpu" else "none is visible"
+        raise ConfigError(f"trainer.accelerator={asked}: the ranks use {there}s here; {remedy}, or set it to auto")
 
 
 def _check_shared_prompts(model: ModelConfig, layout: Layout, has_experts: bool) -> None:

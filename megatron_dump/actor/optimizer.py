@@ -75,7 +75,8 @@ def _scheduler(config: Config, optimizer: object) -> OptimizerParamScheduler:
         max_lr=optim.lr,
         min_lr=optim.sched.min_lr,
         lr_warmup_steps=optim.sched.warmup_steps,
-        lr_decay_steps=max(steps, optim.sched.warmup_steps + 1),
+        # The last constant_steps are at min_lr: behind the decay Megatron stays there.
+        lr_decay_steps=max(steps - optim.sched.constant_steps, optim.sched.warmup_steps + 1),
         lr_decay_style=optim.sched.name,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

@@ -1,7 +1,9 @@
 """The configuration: schema.py declares every key, reading.py reads the YAML, checks.py refuses what cannot run."""
 
 from megatron_dump.config.checks import check_budget, check_world, validate
-from megatron_dump.config.reading import lasting, load, refuse_changes, unknown_key
+from megatron_dump.config.reading import known_keys, lasting, load, refuse_changes, unknown_key
+from megatron_dump.config.rollout_schema import InferenceBackendConfig, PoolConfig, RayConfig, WeightSyncConfig
+from megatron_dump.config.schedule_checks import bound_steps
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
     KL_PENALTY_TYPES,
@@ -15,19 +17,15 @@ from megatron_dump.config.schema import (
     DynamicBatchingConfig,
     ExpManager,
     GRPOConfig,
-    InferenceBackendConfig,
     LengthParams,
     ModelConfig,
     ModelGRPOConfig,
     OptimConfig,
-    PoolConfig,
     PretrainedCheckpoint,
-    RayConfig,
     RewardWorkersConfig,
     SamplingParams,
     SchedConfig,
     TrainerConfig,
-    WeightSyncConfig,
 )
 
 __all__ = [
@@ -56,8 +54,10 @@ __all__ = [
     "SchedConfig",
     "TrainerConfig",
     "WeightSyncConfig",
+    "bound_steps",
     "check_budget",
     "check_world",
+    "known_keys",
     "lasting",
     "load",
     "refuse_changes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_dump.config.rollout_checks import check_backend
+from megatron_dump.config.schedule_checks import check_length
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
     KL_PENALTY_TYPES,
@@ -18,9 +19,9 @@ def validate(config: Config) -> None:
     """Checks that need no other rank and no file. ConfigError names key, value and remedy."""
     grpo, model = config.trainer.grpo, config.model
     positive = {
-        "trainer.grpo.max_steps": grpo.max_steps,
         "trainer.grpo.num_prompts_per_grpo_step": grpo.num_prompts_per_grpo_step,
         "trainer.grpo.val_samples_per_prompt": grpo.val_samples_per_prompt,
+        "trainer.grpo.val_num_prompts_per_grpo_step": grpo.val_num_prompts_per_grpo_step,
         "model.micro_batch_size": model.micro_batch_size,
         "model.global_batch_size": model.global_batch_size,
         "model.dynamic_batching.train_mb_tokens": model.dynamic_batching.train_mb_tokens,
@@ -56,6 +57,7 @@ def validate(config: Config) -> None:
         ("trainer.grpo.advantage_estimator", grpo.advantage_estimator, ADVANTAGE_ESTIMATORS),
         ("trainer.grpo.kl_penalty_type", grpo.kl_penalty_type, KL_PENALTY_TYPES),
         ("trainer.grpo.curriculum.resume_changed", grpo.curriculum.resume_changed, ("refuse", "allow")),
+        ("trainer.accelerator", config.trainer.accelerator, ("auto", "gpu", "cpu")),
         ("model.transformer_impl", model.transformer_impl, ("auto", "local", "transformer_engine")),
         ("model.recompute_granularity", model.recompute_granularity or "null", ("null", "full", "selective")),
         ("model.recompute_method", model.recompute_method or "null", ("null", "uniform", "block")),
@@ -74,6 +76,12 @@ def validate(config: Config) -> None:
     if not model.data.train_files:
         raise ConfigError("model.data.train_files=[]: name at least one parquet file")
     _check_batches(config)
+    check_length(config)
+    if grpo.greedy_on_validation and grpo.val_samples_per_prompt > 1:
+        raise ConfigError(
+            f"trainer.grpo.val_samples_per_prompt={grpo.val_samples_per_prompt}: greedily decoded, a prompt's samples "
+            "are all the same; set it to 1, or trainer.grpo.greedy_on_validation=false"
+        )
     _check_checkpoints(config)
 
 
@@ -107,6 +115,7 @@ def _check_ranges(config: Config) -> None:
         "model.moe_z_loss_coeff": model.moe_z_loss_coeff or 0.0,
         "model.optim.lr": optim.lr,
         "model.optim.sched.warmup_steps": optim.sched.warmup_steps,
+        "model.optim.sched.constant_steps": optim.sched.constant_steps,
     }
     for key, value in not_negative.items():
         if value < 0:

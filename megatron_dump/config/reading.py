@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from megatron_dump.config import nemo_aligner
 from megatron_dump.config.checks import validate
+from megatron_dump.config.nemo_aligner_keys import RULES
+from megatron_dump.config.resolvers import register_resolvers
 from megatron_dump.config.schema import Config, ConfigError
 
 
 def load(raw: DictConfig) -> Config:
-    """Check `raw` against the schema and return it typed. ConfigError for anything that cannot run."""
+    """Check `raw` against the schema and return it typed; NeMo-Aligner's keys are taken too (nemo_aligner.py).
+
+    ConfigError for anything that cannot run: all keys that are unknown or refused at once, a line each.
+    """
+    register_resolvers()
     schema = OmegaConf.structured(Config)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
-    except ConfigKeyError as error:
-        raise ConfigError(unknown_key(str(error.full_key))) from None
+        given = OmegaConf.to_container(raw, resolve=True)
+        assert isinstance(given, dict)
+        settings, problems = nemo_aligner.translate({str(key): value for key, value in given.items()})
+        problems += [unknown_key(key) for key in _unknown(schema, settings)]
+        if problems:
+            head = [f"{len(problems)} keys cannot be used:"] if len(problems) > 1 else []
+            raise ConfigError("\n  ".join([*head, *problems]))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: no value; set it in the YAML or as {error.full_key}=…") from None
     except OmegaConfBaseException as error:
@@ -31,7 +44,8 @@ def load(raw: DictConfig) -> Config:
 
 
 _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it computes
-    "trainer.num_nodes trainer.devices trainer.collective_timeout_s trainer.grpo.max_steps "
+    "trainer.num_nodes trainer.devices trainer.accelerator trainer.collective_timeout_s trainer.grpo.max_steps "
+    "trainer.grpo.max_epochs trainer.grpo.greedy_on_validation trainer.grpo.val_num_prompts_per_grpo_step "
     "trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
     "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend trainer.grpo.curriculum "
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.virtual_pipeline_model_parallel_size "
@@ -87,11 +101,28 @@ def unknown_key(key: str) -> str:
     """One line for a key the schema does not have, naming the nearest it has."""
     known = _keys(OmegaConf.structured(Config))
     if key.lstrip("+") in known:
-        return f"{key}: the key is there already; write it without +"
+        there = "is in this YAML already; write it without +" if key.startswith("+") else "is not in this YAML; write"
+        return f"{key}: the key {there}" + ("" if key.startswith("+") else f" +{key}=…")
     leaf_matches = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = leaf_matches or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown key {key}{hint} (examples/conf/gpt_grpo.yaml lists every key)"
+
+
+def known_keys() -> frozenset[str]:
+    """Every key that a YAML may have: the schema's and NeMo-Aligner's."""
+    return frozenset([*_keys(OmegaConf.structured(Config)), *(rule.key for rule in RULES)])
+
+
+def _unknown(schema: DictConfig, given: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of `given` that the schema has not; a block it leaves open may have any."""
+    for name, value in given.items():
+        if name not in set(schema):  # `in` alone denies keys without a value
+            yield f"{prefix}{name}"
+            continue
+        block = None if OmegaConf.is_missing(schema, name) else schema[name]
+        if isinstance(value, dict) and isinstance(block, DictConfig) and OmegaConf.get_type(block) is not dict:
+            yield from _unknown(block, value, f"{prefix}{name}.")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:

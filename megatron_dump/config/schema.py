@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_dump.config.rollout_schema import InferenceBackendConfig
+
 # What grpo.py, advantages.py and kl.py know, repeated so that a YAML is checked without torch; a test compares them.
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "prompt-mean", "seq-mean-token-sum-norm")
 LOSS_MODES = ("vanilla", "gspo", "cispo")
@@ -31,58 +33,16 @@ class CurriculumConfig:
 
 
 @dataclasses.dataclass
-class WeightSyncConfig:
-    transport: str = "auto"
-    bucket_mb: float = 256.0
-    checksum: bool = False
-    dtype: str | None = None
-    backend: str = "auto"
-    timeout_s: float = 300.0
-
-
-@dataclasses.dataclass
-class PoolConfig:
-    max_restarts: int = 3
-    call_timeout_s: float = 600.0
-    start_timeout_s: float = 600.0
-    health_interval_s: float = 1.0
-    min_chunk_tokens: int = 2048
-
-
-@dataclasses.dataclass
-class RayConfig:
-    enabled: bool = False
-    address: str | None = None
-    num_cpus: int | None = None
-    object_store_memory_mb: int = 200
-    temp_dir: str | None = None
-    cpus_per_engine: float = 1.0
-    gpus_per_engine: float | None = None
-    strategy: str = "SPREAD"
-    start_timeout_s: float = 300.0
-
-
-@dataclasses.dataclass
-class InferenceBackendConfig:
-    type: str = "megatron"
-    reshard: Any = "auto"  # true, false, auto or pipeline
-    path: str | None = None
-    record: str | None = None
-    vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
-    engines: int = 1
-    pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
-    ray: RayConfig = dataclasses.field(default_factory=RayConfig)
-    weight_sync: WeightSyncConfig = dataclasses.field(default_factory=WeightSyncConfig)
-
-
-@dataclasses.dataclass
 class GRPOConfig:
     max_steps: int = 100
+    max_epochs: int | None = None
     num_prompts_per_grpo_step: int = 16
     samples_per_prompt: int = 8
     max_staleness: int = 0
     val_check_interval: int = 0
     val_samples_per_prompt: int = 4
+    val_num_prompts_per_grpo_step: int | None = None
+    greedy_on_validation: bool = False
     save_interval: int = 0
     run_validation_step_0: bool = True
     gradient_clip_val: float = 1.0
@@ -99,6 +59,7 @@ class GRPOConfig:
 class TrainerConfig:
     num_nodes: int = 1
     devices: int = 1
+    accelerator: str = "auto"
     precision: str = "32"
     collective_timeout_s: float = 600.0
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
@@ -110,6 +71,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    end_strings: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -139,6 +101,7 @@ class ModelGRPOConfig:
 class SchedConfig:
     name: str = "constant"
     warmup_steps: int = 0
+    constant_steps: int = 0
     min_lr: float = 0.0
 
 

@@ -57,6 +57,11 @@ class MegatronGenerator:
             for sample in request.samples
         ]
 
+    def greedy(self) -> MegatronGenerator:
+        """One that takes the likeliest token, on the same weights."""
+        options = dataclasses.replace(self.options, use_greedy=True)
+        return MegatronGenerator(self.policy, options, self.seed, self.max_rows, self.decode)
+
     def _completion(self, request: Request, sample: int, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
         finished = bool(ids[-1] in self.options.stop_ids)
         version = self.policy.version

@@ -22,6 +22,10 @@ class ReshardedGenerator:
         self.notice = ""  # which split of the policy this is, and why: for people
         self.group = policy.actor.parallel.replica_group
 
+    def greedy(self) -> ReshardedGenerator:
+        """One that takes the likeliest token, on the same copy."""
+        return ReshardedGenerator(self.generator.greedy(), self.policy)
+
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         self.policy.refresh()
         part, parts = self.policy.unit

@@ -13,18 +13,25 @@ from megatron_dump.ray_cluster import RayOptions
 from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.weight_sync.options import WeightSyncOptions
 
-CONF = pathlib.Path(__file__).resolve().parents[2] / "examples/conf"
-RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+CONF = EXAMPLES / "conf"
+# examples/nemo_rl has NeMo-RL's own configuration; gpt_grpo.yaml lacks what a recipe must say.
+RECIPES = sorted(
+    path for path in EXAMPLES.rglob("*.yaml") if "nemo_rl" not in path.parts and path != CONF / "gpt_grpo.yaml"
+)
 
 
-def _compose(name: str, *overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides))
+def _compose(name: str, *overrides: str, folder: pathlib.Path = CONF):
+    search = [] if folder == CONF else [f"hydra.searchpath=[file://{CONF}]"]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose(name, [*overrides, *search])
 
 
-@pytest.mark.parametrize("name", [r for r in RECIPES if r != "gpt_grpo"])
-def test_every_recipe_loads(name):
-    config = schema.load(_compose(name))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_says_what_it_is(path):
+    config = schema.load(_compose(path.stem, folder=path.parent))
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("--config-name=" in line or "make demo" in line for line in head), "no launch line"
     world = config.trainer.devices * config.trainer.num_nodes
     replica = config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
     assert world % replica == 0
@@ -44,7 +51,17 @@ def test_the_documented_defaults_are_the_defaults():
         ("+trainer.grpo.max_stepz=3", "unknown key trainer.grpo.max_stepz; did you mean trainer.grpo.max_steps?"),
         ("+model.lr=1", "unknown key model.lr; did you mean model.optim.lr?"),
         ("trainer.grpo.max_steps=many", "trainer.grpo.max_steps: Value 'many' of type 'str' could not be converted"),
-        ("trainer.grpo.max_steps=0", "trainer.grpo.max_steps=0: must be above 0"),
+        ("trainer.grpo.max_steps=0", "trainer.grpo.max_steps=0: must be above 0, or -1"),
+        ("trainer.grpo.max_steps=-1", "trainer.grpo.max_steps=-1: all of trainer.grpo.max_epochs, which is null"),
+        ("trainer.grpo.max_epochs=0", "trainer.grpo.max_epochs=0: must be above 0, or null"),
+        ("trainer.accelerator=tpu", "trainer.accelerator=tpu: known are auto, gpu, cpu"),
+        ("trainer.grpo.greedy_on_validation=true", "trainer.grpo.val_samples_per_prompt=4: greedily decoded"),
+        ("trainer.grpo.val_num_prompts_per_grpo_step=0", "trainer.grpo.val_num_prompts_per_grpo_step=0: must be"),
+        ("model.optim.sched.constant_steps=-1", "model.optim.sched.constant_steps=-1: must not be negative"),
+        (
+            "model.optim.sched.constant_steps=20",
+            "model.optim.sched.constant_steps=20: with warmup_steps=0 nothing of the run's 20 optimizer steps is left",
+        ),
         ("trainer.precision=16", "trainer.precision=16: must be 32 or bf16"),
         ("trainer.grpo.samples_per_prompt=1", "trainer.grpo.samples_per_prompt=1: a group needs at least 2"),
         ("model.global_batch_size=96", "model.global_batch_size=96 does not divide the 256 rollouts of a step"),
@@ -114,8 +131,11 @@ def test_blocks_of_engines_are_their_options():
     assert vars(schema.RayConfig()) == {"enabled": False, **vars(RayOptions())}
 
 
-def test_a_known_key_needs_no_plus():
-    assert schema.unknown_key("+trainer.grpo.max_steps").endswith("the key is there already; write it without +")
+def test_plus_is_asked_for_where_it_is_needed():
+    there = "+trainer.grpo.max_steps: the key is in this YAML already; write it without +"
+    assert schema.unknown_key("+trainer.grpo.max_steps") == there
+    missing = "trainer.grpo.max_steps: the key is not in this YAML; write +trainer.grpo.max_steps=…"
+    assert schema.unknown_key("trainer.grpo.max_steps") == missing
 
 
 @pytest.mark.parametrize(
@@ -167,3 +187,18 @@ def test_dynamic_micro_batches_need_no_even_shares_but_room_for_the_longest_roll
             schema.check_budget(config, 65)
     config.model.dynamic_batching.enabled = False
     schema.check_budget(config, 65)
+
+
+@pytest.mark.parametrize(("steps", "epochs", "expected"), [(-1, 2, 15), (9, 2, 9), (99, 1, 7), (99, None, 99)])
+def test_epochs_bound_the_steps(steps, epochs, expected):
+    """Of 120 rows a step draws 16."""
+    config = schema.load(_compose("kk_cpu"))
+    config.trainer.grpo.max_steps, config.trainer.grpo.max_epochs = steps, epochs
+    schema.bound_steps(config, 120)
+    assert config.trainer.grpo.max_steps == expected
+
+
+def test_an_epoch_shorter_than_a_step_is_an_error():
+    config = schema.load(_compose("kk_cpu", "trainer.grpo.max_epochs=1"))
+    with pytest.raises(schema.ConfigError, match="trainer.grpo.max_epochs=1: 15 rows .* less than a step's"):
+        schema.bound_steps(config, 15)

@@ -102,3 +102,17 @@ def test_missing_unreadable_and_empty_files_are_refused(tmp_path):
         PromptDataset([empty], encode=encode)
     with pytest.raises(DataError, match="no rows in an empty list of files"):
         PromptDataset([], encode=encode)
+
+
+def test_rows_are_kept_from_all_sources_in_turn(tmp_path):
+    sources = [*"aaaaabbc"]
+    path = write(tmp_path / "x.parquet", *(row(f"{i}?", source=source) for i, source in enumerate(sources)))
+    kept = {}
+    for n in (3, 5, 7, 99):
+        data = PromptDataset(path, encode=encode)
+        data.keep(n)
+        kept[n] = [data[i].text.rstrip("?") for i in range(len(data))]
+        assert "".join(data.source_of_rows) == "".join(sources[int(i)] for i in kept[n])
+    assert kept == {3: [*"057"], 5: [*"01567"], 7: [*"0123567"], 99: [*"01234567"]}
+    with pytest.raises(DataError, match="2 rows are too few for 3 sources"):
+        PromptDataset(path, encode=encode).keep(2)

@@ -1,0 +1,77 @@
+"""style.yaml and what is known of it: a YAML as NeMo-Aligner's users have it."""
+
+from __future__ import annotations
+
+import pathlib
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+REFUSED = (  # what cannot be had here, or only under a key of ours
+    "trainer.max_time",
+    "trainer.grpo.max_sequence_length",
+    "trainer.grpo.environments",
+    "trainer.grpo.rollout_batch_seq_length",
+    "trainer.grpo.inference_backend.type",
+    "trainer.grpo.inference_backend.converter_type",
+    "trainer.grpo.inference_backend.config.trt_llm",
+    "model.grpo.trt_model_dir",  # before what it is made of
+    "trainer.grpo.trt_model_dir",
+    "exp_manager.name",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end",
+    "exp_manager.checkpoint_callback_params.filename",
+    "model.hf_model_name_or_configs_dir",
+    "model.grpo.share_dir",
+    "model.ub_tp_comm_overlap_cfg",
+    "model.overwrite_base_config",
+    "model.optim.bucket_cap_mb",
+    "model.data.data_impl",
+    "model.data.system_prompt",
+)
+WITHOUT = [f"~{key}" for key in REFUSED]  # overrides that remove them
+# The rest in our keys, where they differ.
+OURS = {
+    "trainer.devices": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.grpo.max_steps": 3,
+    "trainer.grpo.val_check_interval": 2,
+    "trainer.grpo.save_interval": 2,
+    "trainer.grpo.gradient_clip_val": 0.5,
+    "trainer.grpo.greedy_on_validation": "true",
+    "trainer.grpo.val_samples_per_prompt": 1,
+    "trainer.grpo.val_num_prompts_per_grpo_step": 6,
+    "trainer.grpo.initial_policy_kl_penalty": 0.05,
+    "trainer.grpo.advantage_estimator": "rloo",
+    "trainer.grpo.normalize_rewards": "false",
+    "trainer.grpo.num_prompts_per_grpo_step": 40,
+    "trainer.grpo.samples_per_prompt": 4,
+    "trainer.grpo.inference_backend.reshard": "false",
+    "pretrained_checkpoint.restore_from_path": "examples/models/kk-tiny",
+    "model.micro_batch_size": 8,
+    "model.global_batch_size": 80,
+    "model.recompute_granularity": "full",
+    "model.recompute_method": "uniform",
+    "model.recompute_num_layers": 1,
+    "model.overlap_grad_reduce": "true",
+    "model.seed": 11,
+    "model.grpo.forward_micro_batch_size": 16,
+    "model.grpo.generation_rollout_mbs": 32,
+    "model.grpo.offload_adam_states": "true",
+    "model.grpo.importance_sampling_cap": "inf",
+    "model.grpo.ratio_eps_low": 0.3,
+    "model.grpo.ratio_eps_high": 0.3,
+    "model.grpo.sampling_params.temperature": 0.9,
+    "model.grpo.sampling_params.top_p": 0.95,
+    "model.grpo.sampling_params.end_strings": "['<|endoftext|>']",
+    "model.grpo.length_params.max_length": 48,
+    "model.grpo.length_params.min_length": 1,
+    "model.optim.lr": 2e-4,
+    "model.optim.weight_decay": 0.1,
+    "model.optim.betas": "[0.9, 0.98]",
+    "model.optim.sched": "{name: cosine, warmup_steps: 1, constant_steps: 2, min_lr: 2e-5}",
+    "model.data.train_files": "[train.parquet]",
+    "model.data.validation_files": "[test.parquet]",
+    "model.data.max_prompt_length": 336,
+    "exp_manager.explicit_log_dir": "results/style",
+    "exp_manager.wandb_logger_kwargs": "{project: grpo, name: style}",
+    "exp_manager.checkpoint_callback_params.monitor": "val/reward",
+    "exp_manager.checkpoint_callback_params.save_top_k": 1,
+}

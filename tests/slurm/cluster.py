@@ -182,13 +182,19 @@ class Cluster:
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def wait_job(self, job: str, *states: str, timeout_s: float = 180) -> str:
-        """Until the job is in one of the states; a PENDING one is started as soon as may be."""
+        """Until the job is, for a second, in one of the states; a PENDING one is started as soon as may be.
+
+        On its way back into the queue a job can be FAILED for a moment.
+        """
 
         def there() -> str | None:
             state = self.state(job)
             if state == "PENDING" and "PENDING" not in states:
                 self.start_now(job)
-            return state if state in states else None
+            if state not in states:
+                return None
+            time.sleep(1)
+            return state if self.state(job) == state else None
 
         return self.wait(there, timeout_s, lambda: f"job {job} is {self.state(job)}, not {' or '.join(states)}")
 

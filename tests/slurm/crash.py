@@ -3,13 +3,14 @@
 import os
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.types import Score
 
 
 def _fail(*_args: object) -> None:
     raise RuntimeError("deliberate crash")
 
 
-def reward(*_args: object, **_kwargs: object) -> float:
+def reward(text: str, ground_truth: str) -> Score:
     if os.environ["RANK"] == "3":
         MegatronGPTGRPOActor.train_step = _fail
-    return 0.0
+    return Score(float(len(text) % 2), False, True, ground_truth)

@@ -97,7 +97,7 @@ class Run:
         return listed.split()
 
     def _ended(self) -> bool:
-        return self.cluster.state(self.job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        return self.cluster.state(self.job) in ("COMPLETED", "CANCELLED", "TIMEOUT")
 
 
 class Jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_dump.config.durations import seconds_of
 from megatron_dump.config.rollout_checks import check_backend
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
@@ -75,6 +76,7 @@ def validate(config: Config) -> None:
         raise ConfigError("model.data.train_files=[]: name at least one parquet file")
     _check_batches(config)
     _check_checkpoints(config)
+    seconds_of("exp_manager.max_time_per_run", config.exp_manager.max_time_per_run)
 
 
 def _check_recompute(model: ModelConfig) -> None:
@@ -107,6 +109,7 @@ def _check_ranges(config: Config) -> None:
         "model.moe_z_loss_coeff": model.moe_z_loss_coeff or 0.0,
         "model.optim.lr": optim.lr,
         "model.optim.sched.warmup_steps": optim.sched.warmup_steps,
+        "exp_manager.time_reserve_s": config.exp_manager.time_reserve_s,
     }
     for key, value in not_negative.items():
         if value < 0:

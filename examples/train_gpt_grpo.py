@@ -14,8 +14,8 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
-import torch.distributed as dist
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -23,12 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_dump import config as schema
 from megatron_dump.config import Config, ConfigError
+from megatron_dump.stopping import STOP, Outcome, StopSignal
 
 CONF = pathlib.Path(__file__).resolve().parent / "conf"
 OPEN_BLOCKS = (
     "trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wandb_logger_kwargs",
     "trainer.grpo.inference_backend.vllm",
 )  # fmt: skip
+# Errors of the input. Others of the system, such as a full disk, may pass.
+LASTING = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
@@ -48,9 +51,14 @@ def open_blocks(overrides: Iterable[str]) -> Iterator[str]:
         yield f"++{override}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; the arguments are --config-name, --config-path and key=value")
+
+
 def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     """The composed YAML and its checked form. ConfigError in one line for anything wrong with it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="gpt_grpo")
     parser.add_argument("--config-path", type=pathlib.Path, default=CONF, help="a folder of recipes of your own")
     parser.add_argument("overrides", nargs="*", help="key=value")
@@ -67,31 +75,87 @@ def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     return raw, schema.load(raw)
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def outcome_argument(argv: list[str]) -> str | None:
+    """`exp_manager.outcome_file` if it is an argument: known even where the configuration cannot be read."""
+    pairs = (argument.partition("=") for argument in argv)
+    found = [value.strip("'\"") for key, _, value in pairs if key.lstrip("+") == "exp_manager.outcome_file"]
+    return found[-1] if found and found[-1] not in ("", "null") else None
+
+
+def refuse(error: Exception, outcome_file: str | None) -> int:
+    """Say in a line what is wrong with the input; a traceback would bury it."""
+    print(f"[rank {rank()}] error: {error}", file=sys.stderr, flush=True)
+    if outcome_file is not None and rank() == 0 and isinstance(error, LASTING):
+        Outcome("refused", 0, 0, " ".join(str(error).split())).write(outcome_file)
+    return 1
+
+
 def main() -> int:
+    stop_signal = StopSignal()
+    stop_signal.hold()  # first of all: until then the signal kills, or is lost
     # What upstream says to itself on every rank: missing fused kernels, deprecated calls.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    outcome_file = outcome_argument(sys.argv[1:])
     try:
         raw, config = read_config(sys.argv[1:])
-        from megatron_dump.assemble import build_trainer  # after the check: a wrong key need not wait for Megatron
+        outcome_file = config.exp_manager.outcome_file
+        if outcome_file is not None and rank() == 0:
+            pathlib.Path(outcome_file).unlink(missing_ok=True)  # an earlier run's
+    except (ValueError, OSError) as error:
+        return refuse(error, outcome_file)
+    # After the check: a wrong key need not wait for torch. What `record` writes of an exception, torchrun reads.
+    from torch.distributed.elastic.multiprocessing.errors import record
 
-        trainer = build_trainer(config)
-        trainer.resume(config.exp_manager.resume_if_exists)
-    except (ValueError, OSError) as error:  # what is wrong with the input; a traceback would bury it
-        print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
-        return 1
-    log_dir = pathlib.Path(config.exp_manager.explicit_log_dir)
-    if dist.get_rank() == 0:
+    return record(train)(raw, config, stop_signal)
+
+
+def train(raw: DictConfig, config: Config, stop_signal: StopSignal) -> int:
+    """From the meeting of the ranks to the report and the outcome."""
+    from megatron_dump.actor.checkpoint_files import steps
+    from megatron_dump.assemble import build_trainer, join, make_stopping
+    from megatron_dump.course import ends_at_start
+    from megatron_dump.inputs import read_inputs
+
+    manager, max_steps = config.exp_manager, config.trainer.grpo.max_steps
+    log_dir = pathlib.Path(manager.explicit_log_dir)
+    try:
+        stopping = make_stopping(config, rank(), stop_signal)
+        inputs = None if (log_dir / STOP).exists() else read_inputs(config)
+        grid = join(config)  # where they agree on whether the file is there: rank 0 alone counts
+        ended = ends_at_start(stopping, grid.device, steps(log_dir / "checkpoints"), max_steps)
+        if ended is not None:
+            if rank() == 0:
+                print(f"not started, {ended.step} of {max_steps} steps are done: {ended.reason}", flush=True)
+            return leave(ended, manager.outcome_file)
+        trainer = build_trainer(config, inputs, grid, stopping)
+        trainer.resume(manager.resume_if_exists)
+    except (ValueError, OSError) as error:
+        return refuse(error, manager.outcome_file)
+    if rank() == 0:
         OmegaConf.save(raw, log_dir / "config.yaml", resolve=True)
-    trainer.fit()
+    outcome = trainer.fit()
     trainer.close()
-    if dist.get_rank() == 0:
+    if rank() == 0:
         from megatron_dump.report import write_report
 
         html, png = write_report(log_dir)
         print(f"report: {html}\n        {png}", flush=True)
+    return leave(outcome, manager.outcome_file)
+
+
+def leave(outcome: Outcome, outcome_file: str | None) -> int:
+    """The end of every rank, once all are there."""
+    import torch.distributed as dist
+
     dist.barrier()
+    if rank() == 0 and outcome_file is not None:
+        outcome.write(outcome_file)
     dist.destroy_process_group()
     return 0
 

@@ -56,6 +56,8 @@ class Closing(Protocol):
 class Store(Protocol):
     """Where checkpoints are kept."""
 
+    longest_save_s: float  # from the call to the rename, of those complete so far; 0: none
+
     def latest(self) -> int | None: ...
 
     def save(self, step: int, state: dict[str, Any]) -> Any: ...

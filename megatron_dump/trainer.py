@@ -14,16 +14,18 @@ from megatron_dump import evaluate, events
 from megatron_dump.batches import UpdateShare, update_shares
 from megatron_dump.collect import Begun, Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig, refuse_changes
+from megatron_dump.course import Course, due
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, agree, all_gather_array, broadcast_array, fail_together
 from megatron_dump.gather import gather_completions
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
-from megatron_dump.protocols import Actor, Closing, Engines, Store
+from megatron_dump.protocols import Actor, Closing, Engines
 from megatron_dump.rollout import Generator
 from megatron_dump.rollout_metrics import count_loops, rollout_metrics
 from megatron_dump.scoring import step_metrics
+from megatron_dump.stopping import Outcome
 from megatron_dump.stopwatch import Stopwatch
 from megatron_dump.types import Outcomes, TrainBatch
 
@@ -47,7 +49,7 @@ class GRPOTrainer:
     validation: PromptDataset | None
     curriculum: Curriculum
     replica: Replica
-    checkpoints: Store
+    course: Course
     monitor: Monitor
     balance_tokens: bool = False  # an update's rollouts go to data-parallel ranks by their tokens, not in order
     step: int = 0  # steps done
@@ -58,15 +60,15 @@ class GRPOTrainer:
     notice: str = ""  # for people, at the start: what generates
     cluster: Closing | None = None  # that engines or reward workers run on
 
-    def fit(self) -> None:
-        """Train up to `trainer.grpo.max_steps`."""
+    def fit(self) -> Outcome:
+        """Train up to `trainer.grpo.max_steps`, or until asked to stop."""
         self.monitor.log_events(events.notices(self.step, [self.actor.memory_report(), *filter(None, [self.notice])]))
         self.engines.push(self.actor.version)
         # What a resumed run had drawn and not yet learned from: no prompt is lost, none comes twice.
         self.ahead.extend(self.collector.begin(Stopwatch(), draw) for draw in self.curriculum.outstanding())
         if self.step == 0 and self.config.run_validation_step_0:
             self.validate()
-        while self.step < self.config.max_steps:
+        while self.course.goes_on(self.step, self.state):
             watch = Stopwatch()
             with watch("step"):
                 with self.actor.generating():
@@ -80,12 +82,10 @@ class GRPOTrainer:
                     self.engines.push(self.actor.version)
             self.step += 1
             self.log(watch, metrics, rollouts)
-            self.checkpoints.poll()
-            if _due(self.step, self.config.val_check_interval, self.config.max_steps):
+            if due(self.step, self.config.val_check_interval, self.config.max_steps):
                 self.validate()
-            if _due(self.step, self.config.save_interval, self.config.max_steps):
-                self.save()
-        self.checkpoints.wait()
+            self.course.step_done(self.step, self.state)
+        return self.course.end(self.step)
 
     def close(self) -> None:
         """End every process and output of the run. No collective."""
@@ -204,20 +204,21 @@ class GRPOTrainer:
             self.validated = (self.step, evaluate.summary(result.metrics))
             self.monitor.log_validation(self.step, result.metrics, result.pass_rates)
 
-    def save(self) -> None:
-        """A checkpoint of everything that decides how the run goes on."""
-        self.checkpoints.save(self.step, {
+    def state(self) -> dict[str, Any]:
+        """What decides how the run goes on, besides the actor's: for a checkpoint."""
+        return {
             "curriculum": self.curriculum.state_dict() if self.owns_curriculum else None,
             "settings": self.settings,
             "validation": self.validated[1] if self.validated[0] == self.step else {},
-        })  # fmt: skip
+        }
 
     def resume(self, allowed: bool = True) -> bool:
         """Continue from the latest checkpoint, if there is one.
 
         ValueError if the run would silently differ, or if there is one and continuing is not `allowed`.
         """
-        latest = self.checkpoints.latest()
+        checkpoints = self.course.checkpoints
+        latest = checkpoints.latest()
         if latest is not None and not allowed:
             raise ValueError(
                 f"exp_manager.resume_if_exists=false, but exp_manager.explicit_log_dir holds a checkpoint of "
@@ -229,14 +230,14 @@ class GRPOTrainer:
                 self.curriculum.on_event = self.monitor.log_curriculum
                 self.monitor.log_curriculum({"step": 0, "event": "header", **self.curriculum.header()})
             return False
-        state = self.checkpoints.state(latest)
+        state = checkpoints.state(latest)
         may_change = self.config.curriculum.resume_changed == "allow"
         notes = refuse_changes(state["settings"], self.settings, may_change)
         notes += self.curriculum.load_state_dict(state["curriculum"], allow_changes=may_change)
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
-        self.checkpoints.load(latest)
+        checkpoints.load(latest)
         self.collector.sampler.consumed_samples = self.curriculum.step * self.config.num_prompts_per_grpo_step
-        self.step = latest
+        self.step = self.course.saved = latest
         self.monitor.truncate_after(latest)
         self.monitor.log_events(events.notices(latest, notes))
         self.alarms.changes(latest, self.curriculum.alarms())  # those that stand were told before
@@ -246,8 +247,3 @@ class GRPOTrainer:
                 changed = {"curriculum": self.curriculum.state_dict(), **self.curriculum.header()}
                 self.monitor.log_curriculum({"step": latest + 1, "event": "changed", **changed})
         return True
-
-
-def _due(step: int, interval: int, last: int) -> bool:
-    """Every `interval` steps and at the end; never for 0."""
-    return interval > 0 and (step % interval == 0 or step == last)

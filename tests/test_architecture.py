@@ -18,7 +18,7 @@ PACKAGE = "megatron_dump"
 LOW = {
     "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
     "scoring", "shared_scoring", "ray_cluster", "batches", "events", "rollout_metrics",
-    "monitor", "report", "stopwatch",
+    "monitor", "report", "stopwatch", "stopping",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
 # Unit (a module, or a folder as a whole) -> units of the package that it may import, besides itself.
@@ -41,6 +41,7 @@ UNITS: dict[str, set[str]] = {
     "batches": {"types", "grpo"},
     "events": {"types"},
     "stopwatch": set(),
+    "stopping": set(),
     "console": {"types"},
     "monitor": {"types", "console"},
     "report": {"types"},
@@ -49,11 +50,13 @@ UNITS: dict[str, set[str]] = {
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
-    "trainer": LOW | LAYER_3 | {"protocols", "evaluate", "collect", "kl_reward"},
+    "course": {"types", "distributed", "events", "monitor", "stopping", "protocols"},
+    "trainer": LOW | LAYER_3 | {"protocols", "evaluate", "collect", "kl_reward", "course"},
     "evaluate": LOW | LAYER_3,
     "engines": LOW | LAYER_3,
     "generators": LOW | LAYER_3 | {"engines", "protocols"},
-    "assemble": LOW | LAYER_3 | {"trainer", "evaluate", "collect", "kl_reward", "generators", "engines"},
+    "inputs": LOW | LAYER_3 | {"evaluate"},
+    "assemble": LOW | LAYER_3 | {"trainer", "collect", "kl_reward", "course", "inputs", "generators", "engines"},
     "integrations": {"types", "curriculum", "rewards"},
     "__init__": set(),
 }
@@ -75,6 +78,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gather": {"torch", "numpy"},
     "rollout_metrics": {"numpy"},
     "stopwatch": set(),
+    "stopping": set(),
+    "course": {"torch", "numpy"},
     "events": {"numpy"},
     "console": {"rich"},
     "monitor": {"wandb", "torch", "tensorboard"},

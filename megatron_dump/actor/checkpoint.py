@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class _Pending:
     partial: pathlib.Path
     state: str  # as JSON: what it is made of goes on changing
     write: Write
+    begun: float  # time.monotonic()
 
 
 class Checkpoints:
@@ -59,6 +61,7 @@ class Checkpoints:
         self._verified: set[pathlib.Path] = set()
         self._values: dict[int, float | None] = {}  # the monitored metric of checkpoints already read
         self._pending: _Pending | None = None
+        self.longest_save_s = 0.0  # this rank's share of it, without what training did meanwhile
         self._removals: list[threading.Thread] = []
 
     def latest(self) -> int | None:
@@ -81,6 +84,7 @@ class Checkpoints:
         `state["validation"]`, if it is there, holds the metrics of which `monitor` is one.
         """
         self.wait()
+        begun = time.monotonic()
         parallel, partial = self.actor.parallel, self.folder / f"step_{step}.partial"
         actor = {"version": self.actor.version, "scheduler": self.actor.scheduler.state_dict()}
         with fail_together(f"checkpoint of step {step}", device=parallel.device):
@@ -92,7 +96,7 @@ class Checkpoints:
         tensors = sharded_state(self.actor, is_loading=False)
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         write = Write(partial, tensors, random, parallel.rank, replicas, live)
-        self._pending = _Pending(step, partial, text, write)
+        self._pending = _Pending(step, partial, text, write, begun)
         if self.params.async_save:
             write.start()
         else:
@@ -109,7 +113,7 @@ class Checkpoints:
             return True
         if self._gather(np.array([int(self._pending.write.is_running())])).any():
             return False
-        pending, self._pending = self._pending, None
+        pending, self._pending, polled = self._pending, None, time.monotonic()
         with fail_together(f"checkpoint of step {pending.step}", device=self.actor.parallel.device):
             pending.write.join()
             if pending.write.error is not None:
@@ -122,6 +126,8 @@ class Checkpoints:
                 for doomed in files.discard(self.folder, self._surplus()):
                     self._removals.append(threading.Thread(target=shutil.rmtree, args=(doomed,)))
                     self._removals[-1].start()
+        took = pending.write.ended - pending.begun + time.monotonic() - polled
+        self.longest_save_s = max(self.longest_save_s, took)
         return True
 
     def wait(self) -> None:

@@ -14,6 +14,7 @@ import json
 import pathlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,7 @@ class Write:
         self._buckets = _stage(self._strategy.writer.write_buckets or [], live)
         self.written: Entries = {}  # of this rank's files, once it is done
         self.error: BaseException | None = None
+        self.ended = 0.0  # time.monotonic() when this rank's files were written
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -88,6 +90,7 @@ class Write:
             self.written = {f.relative_to(self._folder).as_posix(): entry(f) for f in files}
         except BaseException as error:  # noqa: BLE001 - every rank raises it, at the next poll
             self.error = error
+        self.ended = time.monotonic()
 
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

@@ -1,6 +1,7 @@
 """The configuration: schema.py declares every key, reading.py reads the YAML, checks.py refuses what cannot run."""
 
 from megatron_dump.config.checks import check_budget, check_world, validate
+from megatron_dump.config.durations import seconds_of
 from megatron_dump.config.reading import known_keys, lasting, load, refuse_changes, unknown_key
 from megatron_dump.config.rollout_schema import InferenceBackendConfig, PoolConfig, RayConfig, WeightSyncConfig
 from megatron_dump.config.schedule_checks import bound_steps
@@ -61,6 +62,7 @@ __all__ = [
     "lasting",
     "load",
     "refuse_changes",
+    "seconds_of",
     "unknown_key",
     "validate",
 ]

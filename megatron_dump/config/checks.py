@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_dump.config.durations import seconds_of
 from megatron_dump.config.rollout_checks import check_backend
 from megatron_dump.config.schedule_checks import check_length
 from megatron_dump.config.schema import (
@@ -83,6 +84,7 @@ def validate(config: Config) -> None:
             "are all the same; set it to 1, or trainer.grpo.greedy_on_validation=false"
         )
     _check_checkpoints(config)
+    seconds_of("exp_manager.max_time_per_run", config.exp_manager.max_time_per_run)
 
 
 def _check_recompute(model: ModelConfig) -> None:
@@ -116,6 +118,7 @@ def _check_ranges(config: Config) -> None:
         "model.optim.lr": optim.lr,
         "model.optim.sched.warmup_steps": optim.sched.warmup_steps,
         "model.optim.sched.constant_steps": optim.sched.constant_steps,
+        "exp_manager.time_reserve_s": config.exp_manager.time_reserve_s,
     }
     for key, value in not_negative.items():
         if value < 0:

@@ -189,6 +189,9 @@ class ExpManager:
     explicit_log_dir: str = MISSING
     resume_if_exists: bool = True
     resume_from_checkpoint: str | None = None
+    max_time_per_run: str | None = None
+    time_reserve_s: float = 120.0
+    outcome_file: str | None = None
     checkpoint_callback_params: CheckpointCallbackParams = dataclasses.field(default_factory=CheckpointCallbackParams)
     create_tensorboard_logger: bool = False
     create_wandb_logger: bool = False

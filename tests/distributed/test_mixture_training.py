@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dump.assemble import load_tokenizer
+from megatron_dump.inputs import load_tokenizer
 from megatron_dump.rewards import reward_fn
 from tests.distributed.runs import MODEL, REPO, draws, make_data, rows, train
 

@@ -13,6 +13,7 @@ import torch
 
 from megatron_dump.collect import Collector
 from megatron_dump.config import GRPOConfig
+from megatron_dump.course import Course
 from megatron_dump.curriculum import Curriculum, MegatronCurriculumBatchSampler, streams
 from megatron_dump.curriculum.codec import outcomes_from_json
 from megatron_dump.data import PromptDataset
@@ -83,6 +84,7 @@ class Store:
     def __init__(self):
         self.saved: dict[int, str] = {}
         self.actor: Guesser | None = None  # that `load` restores
+        self.longest_save_s = 0.0
 
     def latest(self) -> int | None:
         return max(self.saved, default=None)
@@ -141,8 +143,8 @@ def trainer(
     made = GRPOTrainer(
         config=grpo_config, settings={}, updates=1, max_length=5, loss_agg_mode="token-mean", use_reference=False,
         reward_kl=None, owns_curriculum=True, actor=actor, engines=NoEngines(), collector=collector,
-        validator=actor, dataset=data, validation=held_out, curriculum=chosen, replica=replica, checkpoints=store,
-        monitor=monitor,
+        validator=actor, dataset=data, validation=held_out, curriculum=chosen, replica=replica, monitor=monitor,
+        course=Course(store, monitor, replica.device, steps, grpo_config.save_interval),
     )  # fmt: skip
     made.resume()
     return made

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kk import dataset, generate
 from kk.parquet import fingerprint
-from megatron_dump.assemble import load_tokenizer
 from megatron_dump.data import PromptDataset
+from megatron_dump.inputs import load_tokenizer
 from megatron_dump.rewards import reward_for_source
 
 REPO = Path(__file__).resolve().parents[2]

@@ -235,7 +235,9 @@ lost_nodes() {
 count_failure() {
     local node replaced=0
     say "attempt $number failed with exit code $1"
-    "$host_python" tools/slurm/first_failure.py "$attempt" || say "warning: tools/slurm/first_failure.py failed"
+    if [[ -d $attempt/ranks ]]; then # else the pre-flight has told
+        "$host_python" tools/slurm/first_failure.py "$attempt" || say "warning: tools/slurm/first_failure.py failed"
+    fi
     for node in $(lost_nodes); do
         (($(strikes "$node") > 1)) || replaced=1
         say "node $node is lost"

@@ -3,13 +3,14 @@
     srun python tools/slurm/run_node.py --head 10.0.0.7:23456 <torchrun's options> script.py …
 
 Tells NCCL and gloo which network interface leads to the head node, unless NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
-say so already, and becomes torchrun. SIGUSR1, with which Slurm announces the end of the time, must be ignored already:
-torchrun would die of it, and its workers handle it.
+say so already, and becomes torchrun. SIGUSR1, with which Slurm announces the end of the time, is blocked from here on:
+torchrun would die of it, and for ranks that still start it stays pending.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -37,6 +38,7 @@ def main() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # The static rendezvous keeps rank 0 on the head node and ranks of a node together, in Slurm's order of nodes.
     own = ["--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", f"--node-rank={os.environ['SLURM_PROCID']}"]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *own, *arguments])
 
 

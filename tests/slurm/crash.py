@@ -1,4 +1,4 @@
-"""A reward that breaks the program: rank 3 fails in its next update."""
+"""A reward that breaks the program: rank 2 fails in its next update."""
 
 import os
 
@@ -11,6 +11,6 @@ def _fail(*_args: object) -> None:
 
 
 def reward(text: str, ground_truth: str) -> Score:
-    if os.environ["RANK"] == "3":
+    if os.environ["RANK"] == "2":
         MegatronGPTGRPOActor.train_step = _fail
     return Score(float(len(text) % 2), False, True, ground_truth)

@@ -107,7 +107,7 @@ def test_a_crash_that_stays_is_given_up_with_its_traceback(jobs):
     run.wait("FAILED")
     assert len(run.attempts()) == 2
     assert "2 failures in a row" in run.text
-    assert re.search(r"rank 3\b", run.text)
+    assert re.search(r"rank 2\b", run.text)
     assert "in _fail" in run.text and "deliberate crash" in run.text  # the traceback
     assert jobs.cluster.job(run.job)["Restarts"] == "0"
 

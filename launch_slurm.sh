@@ -175,6 +175,9 @@ preflight() {
 # Ray over the generator nodes, with its head, which runs nothing, on the first training node.
 start_ray() {
     local list
+    # Others share the network; Ray runs what it is sent. Newer Rays want a token, older ones do not look at it.
+    read -r RAY_AUTH_TOKEN _ < <(head -c 32 /dev/urandom | sha256sum)
+    export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
     list=$(join_by_comma "${generators[@]}")
     on_nodes .ray.log 1 "$head_node" tools/slurm/run_ray.py head "$head_ip:$((port + 2))" &
     ray_steps+=($!)

@@ -54,7 +54,7 @@ UNITS: dict[str, set[str]] = {
     "engines": LOW | LAYER_3,
     "generators": LOW | LAYER_3 | {"engines", "protocols"},
     "assemble": LOW | LAYER_3 | {"trainer", "evaluate", "collect", "kl_reward", "generators", "engines"},
-    "integrations": {"types", "curriculum", "rewards"},
+    "integrations": {"types", "curriculum", "rewards", "distributed"},  # NeMo-Aligner's ranks share one draw
     "__init__": set(),
 }
 PURE = {"advantages", "kl", "grpo"}  # no collectives

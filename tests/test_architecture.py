@@ -57,7 +57,7 @@ UNITS: dict[str, set[str]] = {
     "generators": LOW | LAYER_3 | {"engines", "protocols"},
     "inputs": LOW | LAYER_3 | {"evaluate"},
     "assemble": LOW | LAYER_3 | {"trainer", "collect", "kl_reward", "course", "inputs", "generators", "engines"},
-    "integrations": {"types", "curriculum", "rewards"},
+    "integrations": {"types", "curriculum", "rewards", "distributed"},  # NeMo-Aligner's ranks share one draw
     "__init__": set(),
 }
 PURE = {"advantages", "kl", "grpo"}  # no collectives

@@ -87,7 +87,7 @@ RULES: tuple[Rule, ...] = (
     only("trainer.logger", (False, None), "loggers are exp_manager's; set it to false"),
     only("trainer.enable_checkpointing", (False,), "trainer.grpo.save_interval decides; set it to false"),
     only("trainer.use_distributed_sampler", (False,), "the curriculum draws for all ranks; set it to false"),
-    refused("trainer.max_time", "a run has no time limit of its own; set it to null, and the limit in Slurm"),
+    moved("trainer.max_time", "exp_manager.max_time_per_run"),
     same_as("trainer.max_epochs", "trainer.grpo.max_epochs", "set trainer.grpo.max_epochs, and this to the same"),
     same_as("trainer.max_steps", "trainer.grpo.max_steps", "set trainer.grpo.max_steps, and this to the same"),
     moved("trainer.grpo.use_leave_one_out_baseline", "trainer.grpo.advantage_estimator",

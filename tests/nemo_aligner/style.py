@@ -6,7 +6,6 @@ import pathlib
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 REFUSED = (  # what cannot be had here, or only under a key of ours
-    "trainer.max_time",
     "trainer.grpo.max_sequence_length",
     "trainer.grpo.environments",
     "trainer.grpo.rollout_batch_seq_length",
@@ -71,6 +70,7 @@ OURS = {
     "model.data.validation_files": "[test.parquet]",
     "model.data.max_prompt_length": 336,
     "exp_manager.explicit_log_dir": "results/style",
+    "exp_manager.max_time_per_run": "'00:03:30:00'",
     "exp_manager.wandb_logger_kwargs": "{project: grpo, name: style}",
     "exp_manager.checkpoint_callback_params.monitor": "val/reward",
     "exp_manager.checkpoint_callback_params.save_top_k": 1,

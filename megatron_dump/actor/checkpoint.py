@@ -174,19 +174,10 @@ class Checkpoints:
 
     def _find(self) -> tuple[int, bool] | str:
         """(step or -1, is it `resume_from`), or why that cannot be used."""
-        newest, source = max(files.steps(self.folder), default=-1), self._resume_from
-        if source is None:
-            return newest, False
-        path = files.step_folder(self.folder, newest)
-        is_whole = newest >= 0 and files.damage(path, contents=False) is None
-        if is_whole and files.read_state(path)["resumed_from"] == str(source):
-            return newest, False
-        step = files.step_of(source)
-        if step is None or not source.is_dir():
-            return "not the folder of a checkpoint; name one, …/checkpoints/step_<n>"
-        if newest >= 0 and source.parent != self.folder.resolve():
-            return f"{self.folder} holds checkpoints of another run; choose another exp_manager.explicit_log_dir"
-        return step, True
+        try:
+            return files.find(self.folder, self._resume_from)
+        except ValueError as error:
+            return str(error)
 
     def _path(self, step: int) -> pathlib.Path:
         is_chosen = self._chosen is not None and files.step_of(self._chosen) == step

@@ -47,6 +47,27 @@ def steps(folder: pathlib.Path) -> list[int]:
     return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None)
 
 
+def find(folder: pathlib.Path, resume_from: pathlib.Path | None) -> tuple[int, bool]:
+    """(the step to continue from, -1 for none; is it `resume_from`).
+
+    A run that began with `resume_from`, the folder of a checkpoint, and has saved since goes on from its own.
+    ValueError when it cannot be used.
+    """
+    newest = max(steps(folder), default=-1)
+    if resume_from is None:
+        return newest, False
+    path = step_folder(folder, newest)
+    is_whole = newest >= 0 and damage(path, contents=False) is None
+    if is_whole and read_state(path)["resumed_from"] == str(resume_from):
+        return newest, False
+    step = step_of(resume_from)
+    if step is None or not resume_from.is_dir():
+        raise ValueError("not the folder of a checkpoint; name one, …/checkpoints/step_<n>")
+    if newest >= 0 and resume_from.parent != folder.resolve():
+        raise ValueError(f"{folder} holds checkpoints of another run; choose another exp_manager.explicit_log_dir")
+    return step, True
+
+
 def start(folder: pathlib.Path, step: int) -> pathlib.Path:
     """An empty folder to write step_<step> into; what kills left behind is removed first.
 

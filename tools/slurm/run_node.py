@@ -11,31 +11,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 
-import psutil
-
-
-def interface_to(head: str) -> str | None:
-    """The network interface with the address from which this node speaks to `head`; None when it is loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 9))  # a datagram socket: nothing is sent
-        own = probe.getsockname()[0]
-    if own.startswith("127."):
-        return None
-    named = (name for name, addresses in psutil.net_if_addrs().items() if own in {a.address for a in addresses})
-    return next(named, None)
+from network import choose_interface
 
 
 def main() -> None:
     if sys.argv[1:2] != ["--head"] or len(sys.argv) < 4:
         sys.exit(f"{__doc__}\nusage: run_node.py --head ADDRESS:PORT …")
     endpoint, arguments = sys.argv[2], sys.argv[3:]
-    interface = interface_to(endpoint.rpartition(":")[0])
-    if interface is not None:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # =: this name, not names that begin so
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    choose_interface(endpoint.rpartition(":")[0])
     # The static rendezvous keeps rank 0 on the head node and ranks of a node together, in Slurm's order of nodes.
     own = ["--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", f"--node-rank={os.environ['SLURM_PROCID']}"]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

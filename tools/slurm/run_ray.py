@@ -15,14 +15,9 @@ import socket
 import sys
 import time
 
+from network import own_address
+
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
-
-
-def own_address(head: str) -> str:
-    """Of the interface that leads to `head`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 9))  # a datagram socket: nothing is sent
-        return probe.getsockname()[0]
 
 
 def wait_for_head(host: str, port: int, end: float) -> None:

@@ -102,25 +102,16 @@ def _check_parquet(key: str, path: str) -> None:
 def resume_step(config: Config, folder: pathlib.Path) -> int:
     """The step that the trainer would continue from, -1 if it would start anew. ValueError where it would refuse.
 
-    Goes by checkpoint_files, which knows what a complete checkpoint is, as actor.checkpoint.Checkpoints.latest does.
+    By checkpoint_files, as actor.checkpoint.Checkpoints.latest does.
     """
     from megatron_dump.actor import checkpoint_files as files
 
     manager = config.exp_manager
-    newest = max(files.steps(folder), default=-1)
-    step = newest
-    if manager.resume_from_checkpoint:
-        source = pathlib.Path(manager.resume_from_checkpoint).resolve()
-        path = files.step_folder(folder, newest)
-        is_whole = newest >= 0 and files.damage(path, contents=False) is None
-        if not (is_whole and files.read_state(path)["resumed_from"] == str(source)):
-            chosen = files.step_of(source)
-            if chosen is None or not source.is_dir():
-                raise ConfigError(
-                    f"exp_manager.resume_from_checkpoint={source}: not the folder of a checkpoint; name one, "
-                    "…/checkpoints/step_<n>"
-                )
-            step = chosen
+    source = pathlib.Path(manager.resume_from_checkpoint).resolve() if manager.resume_from_checkpoint else None
+    try:
+        step, _ = files.find(folder, source)
+    except ValueError as error:
+        raise ConfigError(f"exp_manager.resume_from_checkpoint={source}: {error}") from None
     if step >= 0 and not manager.resume_if_exists:
         raise ConfigError(
             f"exp_manager.resume_if_exists=false, but exp_manager.explicit_log_dir holds a checkpoint of step {step}: "

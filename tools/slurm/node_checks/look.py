@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch.distributed as dist
+from network import choose_interface
 
 from node_checks import arguments, folders, machine, reduce
 from node_checks.board import Board
@@ -81,7 +82,7 @@ def try_others(args: argparse.Namespace, board: Board, plan: dict[str, Any]) -> 
         if away:
             found.unseen[folder] = away
     if plan["reduce"]:
-        reduce.choose_interface(args.head.rpartition(":")[0])
+        choose_interface(args.head.rpartition(":")[0])
         try:
             found.gb_per_s, found.latency_us = within(args.timeout_s + 1, lambda: _reduce(args, board, plan["device"]))
         except Exception as error:  # noqa: BLE001 - gloo and NCCL raise many kinds; the head node's report names it

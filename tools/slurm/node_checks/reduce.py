@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import os
-import socket
 import statistics
 import time
 
-import psutil
 import torch
 import torch.distributed as dist
 
 _ELEMENTS = {"cpu": 2**20, "cuda": 2**24}  # float32
 _REPEATS, _SHORT_REPEATS = 5, 20
-
-
-def choose_interface(head: str) -> None:
-    """Tell NCCL and gloo which network interface leads to the head node, unless the environment does already."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 9))  # a datagram socket: nothing is sent
-        own = probe.getsockname()[0]
-    named = [name for name, addresses in psutil.net_if_addrs().items() if own in {a.address for a in addresses}]
-    if named:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", named[0])
-        if not own.startswith("127."):
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={named[0]}")  # =: this name, not names that begin so
 
 
 def measure(store: dist.Store, node: int, nodes: int, device: str, limit_s: float) -> tuple[float, float]:

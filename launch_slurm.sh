@@ -208,8 +208,8 @@ train() {
     fi
     touch "$log"
     on_nodes .log "${#trainers[@]}" "$(join_by_comma "${trainers[@]}")" tools/slurm/run_node.py --head "$head_ip:$port" \
+        --ranks "$attempt/ranks" \
         --nnodes="${#trainers[@]}" --nproc-per-node="$nproc" --max-restarts=0 --rdzv-id="$SLURM_JOB_ID" \
-        --log-dir="$attempt/ranks" \
         "${training[@]}" "${ray[@]}" exp_manager.outcome_file="$attempt/outcome.json" &
     step=$!
     tail -n +1 -F --pid="$step" "$log" 2>/dev/null &

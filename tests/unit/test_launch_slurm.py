@@ -104,8 +104,8 @@ def test_one_task_a_node_twice(launch, tmp_path):
     call = python_call(result)
     assert call["cwd"] == str(launch.repo)
     assert call["argv"] == [
-        "--head", "10.0.0.7:23824", "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0", "--rdzv-id=123456",
-        f"--log-dir={attempt}/ranks", "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6",
+        "--head", "10.0.0.7:23824", "--ranks", f"{attempt}/ranks",
+        "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0", "--rdzv-id=123456", "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6",
         "exp_manager.name='a b'", "trainer.num_nodes=2", "trainer.devices=4",
         f"exp_manager.outcome_file={attempt}/outcome.json",
     ]  # fmt: skip

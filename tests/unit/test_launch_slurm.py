@@ -21,17 +21,29 @@ SLURM_PROCID=1 exec "$@"
 """,
     "scontrol": """#!/usr/bin/env bash
 case "$1 $2" in
-  "show hostnames") printf 'node7\\nnode8\\n' ;;
+  "show hostnames") printf '%s\\n' ${FAKE_NODES:-node7 node8} ;;
   "show job") printf 'JobId=%s JobName=x\\n   EndTime=Unknown\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "$FAKE_COMMAND" ;;
+  "requeue "*) echo "REQUEUED $2" ;;
+  "update "*) echo "UPDATED $*" ;;
 esac
+""",
+    "sinfo": """#!/usr/bin/env bash
+[[ $* == *%t* ]] || printf '%s\\n' $FAKE_PARTITION
 """,
     "getent": """#!/usr/bin/env bash
 [[ "$* ${FAKE_DNS:-up}" == "ahostsv4 node7 up" ]] && printf '10.0.0.7 STREAM node7\\n10.0.0.7 DGRAM\\n'
 """,
+    # the pre-flight finds nothing; a run that is to fail does so by a rank of FAKE_CULPRIT; else it finishes
     "fakepython": f"""#!{sys.executable}
 import json, os, sys
 tool, *argv = sys.argv[1:]
+if tool == "tools/slurm/first_failure.py":
+    open(argv[0] + "/failed_node", "w").write(os.environ["FAKE_CULPRIT"] + "\\n")
 if tool == "tools/slurm/run_node.py":
+    attempt = os.path.dirname(argv[3])
+    os.makedirs(argv[3])
+    if int(attempt.rpartition("_")[2]) < int(os.environ.get("FAKE_FAILURES", "0")):
+        sys.exit(1)
     key = os.environ.get("WANDB_API_KEY") == "s3cr3t"
     print("PYTHON", json.dumps({{"argv": argv, "cwd": os.getcwd(), "key": key}}), flush=True)
     outcome = argv[-1].partition("exp_manager.outcome_file=")[2]
@@ -146,6 +158,47 @@ def test_a_malformed_secrets_file_is_an_error_that_does_not_quote_it(launch, tmp
     assert result.returncode != 0
     assert "SECRETS_FILE" in result.stderr
     assert "s3cr3t" not in result.stdout + result.stderr
+
+
+THREE = {"FAKE_NODES": "node7 node8 node9", "FAKE_PARTITION": "node7 node8 node9 node10", "RETRY_WAIT": "0"}
+
+
+def node_lists(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Of each training attempt."""
+    found = [option for option in srun_options(result) if option.startswith(("--nodelist=", "--output="))]
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return [nodes.partition("=")[2] for nodes, output in pairs if output.endswith("%N.log")]
+
+
+def test_a_spare_node_takes_the_place_of_one_that_failed_twice(launch):
+    result = launch(SPARE_NODES="1", FAKE_CULPRIT="node8", FAKE_FAILURES="2", **THREE)
+    assert result.returncode == 0, result.stderr
+    assert node_lists(result) == ["node7,node8", "node7,node8", "node7,node9"]
+    assert "REQUEUED" not in result.stdout
+
+
+def test_without_a_spare_node_the_job_is_requeued_elsewhere(launch):
+    result = launch(FAKE_CULPRIT="node8", FAKE_FAILURES="9", **THREE)
+    assert result.returncode == 0, result.stderr
+    assert node_lists(result) == ["node7,node8,node9"] * 2
+    assert "REQUEUED 123456" in result.stdout
+    assert "UPDATED update jobid=123456 ExcNodeList=node8" in result.stdout
+
+
+def test_where_there_are_no_other_nodes_a_bad_one_is_used_again_and_failures_are_counted(launch):
+    few = {**THREE, "FAKE_PARTITION": "node7 node8 node9"}
+    result = launch(FAKE_CULPRIT="node7", FAKE_FAILURES="9", MAX_FAILURES="4", **few)
+    assert result.returncode == 1
+    assert node_lists(result) == ["node7,node8,node9"] * 4
+    assert "used again" in result.stdout
+    assert "4 failures in a row" in result.stderr
+
+
+def test_generator_nodes_do_not_train(launch):
+    result = launch(GENERATOR_NODES="1", **THREE)
+    assert node_lists(result) == ["node7,node8"]
+    assert "trainer.num_nodes=2" in python_call(result)["argv"]
+    assert "trainer.grpo.inference_backend.ray.address=10.0.0.7:23826" in python_call(result)["argv"]
 
 
 def test_errors_name_the_remedy(launch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -146,18 +147,29 @@ def test_wrong_layout_is_refused_before_the_start(jobs):
     assert not run.log_dir.exists()
 
 
-def test_container_flags_reach_srun(jobs, tmp_path):
+def test_an_array_in_containers(jobs, tmp_path):
+    """Jobs of an array follow each other; a later one finds the run finished. pyxis's options reach srun."""
     log = tmp_path / "pyxis.log"
     env = {"CONTAINER_IMAGE": "registry#team/image:1", "CONTAINER_MOUNTS": "/data:/data", pyxis_stub.LOG: str(log)}
-    run = jobs.submit(env=env, **{"trainer.grpo.max_steps": 1})
-    run.wait("COMPLETED")
-    flags = set(log.read_text().splitlines())
-    repository = re.search(r"container-workdir=(\S+)", log.read_text())[1]
-    assert flags == {
-        "container-image=registry#team/image:1",
-        f"container-mounts={repository}:{repository},{run.folder}:{run.folder},/data:/data",
-        f"container-workdir={repository}",
-    }
+    run = jobs.submit("--array=1-2%1", env=env, **{"trainer.grpo.max_steps": 1})
+    tasks = jobs.cluster.wait(lambda: _ended_tasks(run, 2), 180, lambda: run.text[-3000:])
+    outcomes = [(folder / "outcome.json").read_text() for folder in tmp_path.glob("slurm-*/attempt_0")]
+    assert len(outcomes) == 2 and len(set(outcomes)) == 1
+    assert json.loads(outcomes[0])["state"] == "finished"
+    assert run.text.count("step 1/1") == 1
+    [repository] = set(re.findall(r"container-workdir=(\S+)", log.read_text()))
+    assert set(log.read_text().splitlines()) == {
+        "container-image=registry#team/image:1", f"container-workdir={repository}",
+        *(f"container-mounts={repository}:{repository},{folder}:{folder},/data:/data"
+          for folder in (tmp_path / f"slurm-megatron-dump-{task}" for task in tasks)),
+    }  # fmt: skip
+
+
+def _ended_tasks(run, n: int) -> list[str]:
+    """Job ids of the array's jobs once so many are complete."""
+    shown = run.cluster.run("scontrol", "show", "job", run.job).stdout
+    assert "FAILED" not in shown, run.text[-3000:]
+    return re.findall(r"JobId=(\d+)", shown) if shown.count("JobState=COMPLETED") == n else []
 
 
 @pytest.mark.parametrize("form", ["one allocation", "two components"])

@@ -67,7 +67,7 @@ test-slurm: venv $(VENV_VLLM)/.installed slurm
 	CI=1 RAY_PYTHON=$(CURDIR)/$(VENV_VLLM)/bin/python $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 soak: venv slurm
-	$(BIN)/python -m tests.slurm.soak --kills 20 --out docs/results/slurm_soak.md
+	$(BIN)/python -W ignore::UserWarning -m tests.slurm.soak --kills 20 --out docs/results/slurm_soak.md
 
 # verl and TRL in one environment: verl asks for transformers below 5.11, TRL takes it. verl without its dependencies, of
 # which the test needs those listed; the core of this project needs numpy alone.

@@ -134,14 +134,24 @@ wait_for() {
     done
 }
 
-# Slurm says that the time is nearly over. srun passes the signal on to every rank. Ranks that are still starting do not
-# hear it: it is sent until they end.
+# Slurm says that the time is nearly over. srun passes the signal on to every rank. Where that does not end the run in
+# time, the job is requeued with seconds to spare: at its limit Slurm would end it for good.
 on_signal() {
     signals=$((signals + 1))
     say "signal: save and stop"
     if [[ -n $step ]] && ((signals == 1)); then
-        (trap '' TERM; while kill -USR1 "$step" 2>/dev/null; do sleep 10; done) &
+        insist "$step" &
     fi
+}
+
+insist() {
+    trap '' TERM USR1
+    while kill -USR1 "$1" 2>/dev/null; do
+        if [[ -n ${SLURM_JOB_END_TIME:-} ]] && (($(date +%s) > SLURM_JOB_END_TIME - 30)); then
+            requeue "the run did not stop in time and goes on from its last checkpoint"
+        fi
+        sleep 5
+    done
 }
 
 # A Python program as one task on each of the nodes named; its output goes to <attempt>/<node><suffix>. SIGUSR1 is
@@ -301,7 +311,10 @@ run_attempt() {
         refused) fail "the run refused its input; logs are in $attempt" ;;
         stopped) continue_later ;;
     esac
-    ((signals == 0)) || continue_later # the signal came before the run could hear it
+    if ((signals > 0)); then
+        say "the signal came before the run could stop by itself; is --time long enough for --signal=B:USR1@300?"
+        continue_later
+    fi
     count_failure "$code"
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dump.assemble import build_trainer, load_tokenizer
+from megatron_dump.assemble import build_trainer
+from megatron_dump.inputs import load_tokenizer
 from megatron_dump.rollout import Request
 from tests.distributed.launch import RankFailed, run_ranks
 from tests.distributed.runs import MODEL, SCRIPT, arguments, make_data, rows, train

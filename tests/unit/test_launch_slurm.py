@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ SLURM_PROCID=1 exec "$@"
     "scontrol": """#!/usr/bin/env bash
 case "$1 $2" in
   "show hostnames") printf '%s\\n' ${FAKE_NODES:-node7 node8} ;;
-  "show job") printf 'JobId=%s JobName=x\\n   EndTime=Unknown\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "$FAKE_COMMAND" ;;
+  "show job") printf 'JobId=%s JobName=x\\n   EndTime=%s\\n   Command=%s\\n   WorkDir=/elsewhere\\n' "$3" "${FAKE_END:-Unknown}" "$FAKE_COMMAND" ;;
   "requeue "*) echo "REQUEUED $2" ;;
   "update "*) echo "UPDATED $*" ;;
 esac
@@ -35,13 +37,17 @@ esac
 """,
     # the pre-flight finds nothing; a run that is to fail does so by a rank of FAKE_CULPRIT; else it finishes
     "fakepython": f"""#!{sys.executable}
-import json, os, sys
+import json, os, signal, sys, time
 tool, *argv = sys.argv[1:]
 if tool == "tools/slurm/first_failure.py":
     open(argv[0] + "/failed_node", "w").write(os.environ["FAKE_CULPRIT"] + "\\n")
 if tool == "tools/slurm/run_node.py":
     attempt = os.path.dirname(argv[3])
     os.makedirs(argv[3])
+    if "FAKE_SECONDS" in os.environ:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        print("BEGUN", flush=True)
+        time.sleep(float(os.environ["FAKE_SECONDS"]))
     if int(attempt.rpartition("_")[2]) < int(os.environ.get("FAKE_FAILURES", "0")):
         sys.exit(1)
     key = os.environ.get("WANDB_API_KEY") == "s3cr3t"
@@ -73,15 +79,20 @@ def launch(tmp_path):
     shutil.copy(SCRIPT, repo)
     shutil.copy(SCRIPT, spool / "slurm_script")
 
-    def run(*args: str, trace: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+    def start(*args: str, trace: bool = False, **env: str) -> subprocess.Popen[str]:
         base = {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHON": "fakepython", **JOB}
         base["SLURM_SUBMIT_DIR"] = str(tmp_path)
         base["FAKE_COMMAND"] = " ".join([str(repo / "launch_slurm.sh"), *args])
         command = ["bash", *(["-x"] if trace else []), str(spool / "slurm_script"), *args]
-        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 20}
-        return subprocess.run(command, env=base | env, check=False, **options)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=base | env, **pipes)
 
-    run.repo = repo
+    def run(*args: str, trace: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        process = start(*args, trace=trace, **env)
+        out, err = process.communicate(timeout=20)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    run.repo, run.start = repo, start
     return run
 
 
@@ -192,6 +203,19 @@ def test_where_there_are_no_other_nodes_a_bad_one_is_used_again_and_failures_are
     assert node_lists(result) == ["node7,node8,node9"] * 4
     assert "used again" in result.stdout
     assert "4 failures in a row" in result.stderr
+
+
+def test_a_run_that_does_not_stop_in_time_is_requeued_before_its_limit(launch):
+    """At the limit Slurm would end the job for good."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 20))
+    process = launch.start(FAKE_SECONDS="8", FAKE_END=end)
+    lines = iter(process.stdout.readline, "")
+    assert any(line == "BEGUN\n" for line in lines)
+    process.send_signal(signal.SIGUSR1)
+    begin = time.monotonic()
+    assert any(line == "REQUEUED 123456\n" for line in lines)
+    assert time.monotonic() - begin < 5
+    process.wait(20)
 
 
 def test_generator_nodes_do_not_train(launch):

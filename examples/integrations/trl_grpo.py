@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> CurriculumGRPOTrainer:
         bf16=False,
     )
     data = load_dataset("parquet", data_files=args.data, split="train")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        args.model
-    )  # as its file says: AutoTokenizer rebuilds kk-tiny's
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)  # AutoTokenizer makes another one of kk-tiny's
     trainer = CurriculumGRPOTrainer(args.model, kk, config, data, processing_class=tokenizer, curriculum=CURRICULUM)
     trainer.train(resume_from_checkpoint=os.path.isdir(args.out) and any(os.scandir(args.out)))
     return trainer

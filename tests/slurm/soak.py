@@ -67,9 +67,12 @@ def one_kill(run: Run, number: int, rng: random.Random) -> Kill:
     time.sleep(rng.uniform(0, 5))
     where = strike(run, kind, rng)
     killed, kill = time.monotonic(), Kill(number + 1, kind, where, run.steps(), newest(run))
-    run.wait_attempt(attempts + 1)
-    for node in cluster.nodes:
+    cluster.wait(
+        lambda: len(run.attempts()) > attempts or cluster.state(run.job) == "PENDING", 120, lambda: run.text[-3000:]
+    )
+    for node in cluster.nodes:  # as an administrator would; the job may need it
         cluster.revive(node)
+    run.wait_attempt(attempts + 1)
     cluster.wait(lambda: _resumed(run) is not None, 240, lambda: f"no resume:\n{run.text[-3000:]}")
     kill.resumed = _resumed(run) or 0
     cluster.wait(lambda: _trains(run), 240, lambda: f"no step after {begun}:\n{run.text[-3000:]}")
@@ -114,14 +117,14 @@ Where Slurm must notice that a node is gone, that takes its `SlurmdTimeout`, her
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=0, help="of the run; 0: three a kill")
+    parser.add_argument("--steps", type=int, default=0, help="of the run; 0: two a kill, and eight")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if reason := missing():
         print(f"no Slurm cluster: {reason}", file=sys.stderr)
         return 1
-    steps = args.steps or 3 * args.kills + 4
+    steps = args.steps or 2 * args.kills + 8
     rng, begin = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, Cluster(nodes=3) as cluster, Progress() as progress:
         data = make_data(Path(folder) / "data")

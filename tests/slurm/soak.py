@@ -34,7 +34,7 @@ class Kill:
     kind: str
     where: str
     step: int  # of metrics.jsonl when it was killed
-    complete: int  # newest complete checkpoint then
+    complete: int  # newest complete checkpoint when the next attempt began
     resumed: int = -1
     seconds: float = 0.0  # until the next attempt trains
 
@@ -73,6 +73,7 @@ def one_kill(run: Run, number: int, rng: random.Random) -> Kill:
     for node in cluster.nodes:  # as an administrator would; the job may need it
         cluster.revive(node)
     run.wait_attempt(attempts + 1)
+    kill.complete = max(kill.complete, newest(run))  # one that was about to be completed may have been
     cluster.wait(lambda: _resumed(run) is not None, 240, lambda: f"no resume:\n{run.text[-3000:]}")
     kill.resumed = _resumed(run) or 0
     cluster.wait(lambda: _trains(run), 240, lambda: f"no step after {begun}:\n{run.text[-3000:]}")

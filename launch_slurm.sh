@@ -248,6 +248,10 @@ lost_nodes() {
 count_failure() {
     local node replaced=0
     say "attempt $number failed with exit code $1"
+    if grep -q "Unable to create step" "$attempt/srun.log"; then # seen where a node has just come back
+        one_more_failure
+        requeue "Slurm cannot start a step in this allocation"
+    fi
     if [[ -d $attempt/ranks ]]; then # else the pre-flight has told
         "$host_python" tools/slurm/first_failure.py "$attempt" || say "warning: tools/slurm/first_failure.py failed"
     fi

@@ -19,6 +19,7 @@ FAKES = {
     # srun writes its own options, then runs the step's command as the second node would
     "srun": """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do echo "SRUN $1"; shift; done
+[[ -z ${FAKE_SRUN:-} ]] || { echo "srun: error: $FAKE_SRUN" >&2; exit 1; }
 SLURM_PROCID=1 exec "$@"
 """,
     "scontrol": """#!/usr/bin/env bash
@@ -203,6 +204,13 @@ def test_where_there_are_no_other_nodes_a_bad_one_is_used_again_and_failures_are
     assert node_lists(result) == ["node7,node8,node9"] * 4
     assert "used again" in result.stdout
     assert "4 failures in a row" in result.stderr
+
+
+def test_an_allocation_in_which_slurm_starts_nothing_is_given_back(launch):
+    result = launch(FAKE_SRUN="Unable to create step for job 123456: Requested node configuration is not available")
+    assert result.returncode == 0, result.stderr
+    assert "REQUEUED 123456" in result.stdout
+    assert "attempt 1" not in result.stdout
 
 
 def test_a_run_that_does_not_stop_in_time_is_requeued_before_its_limit(launch):

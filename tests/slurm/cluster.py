@@ -177,20 +177,15 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
-    def start_now(self, job: str) -> None:
-        """A requeued job waits until credentials of its last start have expired; not here."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-
     def wait_job(self, job: str, *states: str, timeout_s: float = 180) -> str:
-        """Until the job is, for a second, in one of the states; a PENDING one is started as soon as may be.
+        """Until the job is, for a second, in one of the states.
 
-        On its way back into the queue a job can be FAILED for a moment.
+        A requeued job is PENDING until the credentials of its last start have expired (cred_expire): started before, it
+        fails.
         """
 
         def there() -> str | None:
             state = self.state(job)
-            if state == "PENDING" and "PENDING" not in states:
-                self.start_now(job)
             if state not in states:
                 return None
             time.sleep(1)

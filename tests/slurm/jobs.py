@@ -62,14 +62,11 @@ class Run:
         assert self.steps() >= step, f"job {self.job} ended at step {self.steps()}:\n{self.text[-3000:]}"
 
     def wait_attempt(self, n: int, timeout_s: float = 180) -> None:
-        """Until the n-th attempt has begun; a requeued job need not wait."""
-
-        def begun() -> bool:
-            if self.cluster.state(self.job) == "PENDING":
-                self.cluster.start_now(self.job)
-            return len(self.attempts()) >= n
-
-        self.cluster.wait(begun, timeout_s, lambda: f"no attempt {n} of job {self.job}:\n{self.text[-3000:]}")
+        """Until the n-th attempt has begun."""
+        self.cluster.wait(
+            lambda: len(self.attempts()) >= n, timeout_s,
+            lambda: f"no attempt {n} of job {self.job}:\n{self.text[-3000:]}",
+        )  # fmt: skip
 
     def wait(self, *states: str, timeout_s: float = 240) -> str:
         """Until it has ended, in one of the states."""

@@ -132,7 +132,7 @@ def main() -> int:
         task = progress.add_task("undisturbed", total=args.kills)
         plain = Jobs(cluster, data, Path(folder) / "plain").submit(**settings)
         plain.wait("COMPLETED", timeout_s=900)
-        run = Jobs(cluster, data, Path(folder) / "killed").submit(env={"MAX_FAILURES": "10"}, **settings)
+        run = Jobs(cluster, data, Path(folder) / "killed").submit(env={"MAX_FAILURES": "1000"}, **settings)
         cluster.wait(lambda: run.attempts() and _trains(run), 240, lambda: run.text[-3000:])
         kills = []
         for number in range(args.kills):

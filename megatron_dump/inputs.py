@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dump import config as schema
 from megatron_dump import evaluate
-from megatron_dump.actor.architecture import read_architecture
-from megatron_dump.actor.layout import Layout, check_layout, check_model, check_run, layout_of
+from megatron_dump.actor.layout import Layout, check_all
 from megatron_dump.config import Config, ConfigError, CurriculumConfig
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
@@ -49,15 +48,7 @@ def read_inputs(config: Config) -> Inputs:
 
 def checked_layout(config: Config) -> Layout:
     """How the ranks that were started are to split the model of config.json; what does not go together is refused."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = layout_of(config.model)
-    replicas = check_layout(layout, world_size)
-    schema.check_world(config, world_size, replicas)
-    path = config.pretrained_checkpoint.restore_from_path
-    arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
-    check_model(arch, layout)
-    check_run(config, layout, replicas, arch.experts is not None)
-    return layout
+    return check_all(config, int(os.environ.get("WORLD_SIZE", "1")))[0]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

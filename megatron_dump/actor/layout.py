@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from megatron_dump.actor.architecture import Architecture
+from megatron_dump.actor.architecture import Architecture, read_architecture
 from megatron_dump.actor.transformer_engine import transformer_engine_runs
-from megatron_dump.config import Config, ConfigError, ModelConfig
+from megatron_dump.config import Config, ConfigError, ModelConfig, check_world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,3 +209,15 @@ def _check_shared_prompts(model: ModelConfig, layout: Layout, has_experts: bool)
                 f"model.share_prompts=true: not with model.{key}={value}: {why}; set it to {without}, or share_prompts "
                 "to false"
             )
+
+
+def check_all(config: Config, world_size: int) -> tuple[Layout, int, Architecture]:
+    """The layout of `world_size` ranks, its replicas, and the model of config.json; ConfigError for what cannot run."""
+    layout = layout_of(config.model)
+    replicas = check_layout(layout, world_size)
+    check_world(config, world_size, replicas)
+    path = config.pretrained_checkpoint.restore_from_path
+    arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
+    check_model(arch, layout)
+    check_run(config, layout, replicas, arch.experts is not None)
+    return layout, replicas, arch

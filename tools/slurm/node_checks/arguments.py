@@ -10,7 +10,6 @@ import os
 import pathlib
 import warnings
 
-from megatron_dump import config as schema
 from megatron_dump.config import Config, ConfigError
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[3] / "examples" / "train_gpt_grpo.py"
@@ -57,17 +56,11 @@ def _sizes(config: Config, world_size: int) -> tuple[int, int, int]:
     """Bytes of a checkpoint and of a rank's host memory, without and with a GPU, after the layout's checks."""
     warnings.filterwarnings("ignore", module=r"megatron\.")  # missing fused kernels: the trainer's own affair
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    from megatron_dump.actor.architecture import read_architecture
     from megatron_dump.actor.hf_files import HFTensors
-    from megatron_dump.actor.layout import check_layout, check_model, check_run, layout_of
+    from megatron_dump.actor.layout import check_all
 
-    layout = layout_of(config.model)
-    replicas = check_layout(layout, world_size)
-    schema.check_world(config, world_size, replicas)
+    layout, replicas, _ = check_all(config, world_size)
     path = config.pretrained_checkpoint.restore_from_path
-    arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
-    check_model(arch, layout)
-    check_run(config, layout, replicas, arch.experts is not None)
     _check_readable("pretrained_checkpoint.restore_from_path", pathlib.Path(path) / "tokenizer.json")
     parameters = sum(math.prod(entry.shape) for entry in HFTensors(path).entries.values())  # finds cut files, too
     weight = 2 if config.trainer.precision == "bf16" else 4

@@ -58,7 +58,16 @@ class _Parser(argparse.ArgumentParser):
 
 def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     """The composed YAML and its checked form. ConfigError in one line for anything wrong with it."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = compose_config(argv, str(__doc__))
+    return raw, schema.load(raw)
+
+
+def compose_config(argv: list[str], about: str, blocks: Iterable[str] = ()) -> DictConfig:
+    """The recipe that the arguments name, with their overrides. ConfigError in one line where it cannot be composed.
+
+    blocks: further overrides that come first, as `+group=name`.
+    """
+    parser = _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="gpt_grpo")
     parser.add_argument("--config-path", type=pathlib.Path, default=CONF, help="a folder of recipes of your own")
     parser.add_argument("overrides", nargs="*", help="key=value")
@@ -66,13 +75,12 @@ def read_config(argv: list[str]) -> tuple[DictConfig, Config]:
     search = [] if args.config_path.resolve() == CONF else [f"hydra.searchpath=[file://{CONF}]"]
     try:
         with initialize_config_dir(str(args.config_path.resolve()), version_base="1.3"):
-            raw = compose(args.config_name, [*open_blocks(args.overrides), *search])
+            return compose(args.config_name, [*blocks, *open_blocks(args.overrides), *search])
     except (HydraException, yaml.YAMLError) as error:
         key = next((o.split("=")[0] for o in args.overrides if o.split("=")[0].lstrip("+~") in str(error)), None)
         if key is not None:
             raise ConfigError(schema.unknown_key(key)) from None
         raise ConfigError(f"--config-name={args.config_name}: {' '.join(str(error).split())}") from None
-    return raw, schema.load(raw)
 
 
 def rank() -> int:

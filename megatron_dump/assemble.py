@@ -16,9 +16,10 @@ from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import DrawBroadcast, Replica, fail_together
+from megatron_dump.early_stopping import EarlyStopping
 from megatron_dump.engines import connect
 from megatron_dump.generators import make_generators
-from megatron_dump.inputs import Inputs, checked_layout, read_inputs
+from megatron_dump.inputs import Inputs, checked_layout, monitored, read_inputs
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.ray_cluster import Cluster
@@ -39,8 +40,14 @@ def make_stopping(config: Config, rank: int, stop_signal: StopSignal | None = No
     manager = config.exp_manager
     limit_s = schema.seconds_of("exp_manager.max_time_per_run", manager.max_time_per_run)
     end = run_end(time.time() if stop_signal is None else stop_signal.since, limit_s)
-    folder = pathlib.Path(manager.explicit_log_dir) if rank == 0 else None
-    return Stopping(stop_signal, folder, end, manager.time_reserve_s)
+    folder, early = (pathlib.Path(manager.explicit_log_dir), _early_stopping(config)) if rank == 0 else (None, None)
+    return Stopping(stop_signal, folder, end, manager.time_reserve_s, early)
+
+
+def _early_stopping(config: Config) -> EarlyStopping | None:
+    manager = config.exp_manager
+    wanted = manager.create_early_stopping_callback
+    return EarlyStopping(**vars(manager.early_stopping_callback_params)) if wanted else None
 
 
 def build_trainer(
@@ -105,6 +112,8 @@ def build_trainer(
             grpo.max_steps,
             grpo.save_interval,
             stopping or make_stopping(config, grid.rank),
+            *monitored(config),
+            leads=grid.rank == 0,
         ),
         monitor=monitor,
         reward_kl=reward_kl if grpo.kl_in_reward else None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 
 from megatron_dump import events
 from megatron_dump.distributed import all_gather_array, fail_together
+from megatron_dump.early_stopping import missing
 from megatron_dump.monitor import Monitor
 from megatron_dump.protocols import Store
 from megatron_dump.stopping import Asked, Outcome, Stopping
 
 State = Callable[[], dict[str, Any]]  # what a checkpoint holds besides the actor
+BY_SOURCE = 2  # slashes in the name of a metric that may be there only when its source is drawn: train/<source>/…
 
 
 def agreed(stopping: Stopping, longest_save_s: float, device: torch.device | str) -> Asked:
@@ -39,7 +42,7 @@ def due(step: int, interval: int, last: int) -> bool:
 
 @dataclasses.dataclass
 class Course:
-    """Its methods are collectives: of five numbers a rank once a step, and once more where a checkpoint is due."""
+    """Its methods are collectives: of six numbers a rank once a step, and once more where a checkpoint is due."""
 
     checkpoints: Store
     monitor: Monitor
@@ -47,25 +50,62 @@ class Course:
     max_steps: int
     save_interval: int
     stopping: Stopping = dataclasses.field(default_factory=Stopping)
+    monitor_best: str | None = None  # the metric that decides which checkpoints are the best
+    monitor_end: str | None = None  # the metric of stopping.early, on every rank
+    leads: bool = True  # rank 0: its metrics are complete
     saved: int = 0  # the step that the latest checkpoint holds, and the run would go on from
     _ended_by: Asked | None = None
+    _metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step's training
+    _validation: dict[str, float] = dataclasses.field(default_factory=dict)  # and of its validation
 
     def goes_on(self, step: int, state: State) -> bool:
         """Whether to take another step after `step` of them; first the checkpoint that is asked for."""
         asked = agreed(self.stopping, self.checkpoints.longest_save_s, self.device)
         is_last = step >= self.max_steps
-        if step > 0 and (asked.save or (asked.ends and not is_last)):
+        # A run that is over saves where it saves at all; one that is interrupted saves in any case.
+        to_be_saved = asked.ends and not is_last and (self.save_interval > 0 or not asked.early)
+        if step > 0 and (asked.save or to_be_saved):
             if asked.save and not asked.late:
                 with fail_together("the file SAVE", device=self.device):
                     self.stopping.clear_save()
             self._save(asked, step, state)
         if asked.ends and not is_last:
             self._ended_by = asked
-            self._tell(step, f"{self.stopping.why(asked)}; the run stops after step {step} of {self.max_steps}, to go "
-                             f"on from step {self.saved}")  # fmt: skip
+            way_on = "" if asked.early else f", to go on from step {self.saved}"
+            self._tell(step, f"{self.stopping.why(asked)}; the run stops after step {step} of {self.max_steps}{way_on}")
             return False
+        if not is_last:
+            self._metrics, self._validation = {}, {}
         self.stopping.step_begins()
         return not is_last
+
+    def measured(self, step: int, metrics: Mapping[str, float], validation: bool = False) -> None:
+        """What a step, or its validation, has found. RuntimeError on every rank when it lacks a monitored metric."""
+        found = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if validation:
+            self._validation = found
+        else:
+            self._metrics = found
+        # Those of the validation are known to be measured (inputs.py); the names of others only now.
+        best = None if validation or (self.monitor_best or "val/").startswith("val/") else self.monitor_best
+        end = self.monitor_end if (self.monitor_end or "").startswith("val/") == validation else None
+        if best is None and end is None:
+            return
+        told = None
+        with fail_together("exp_manager", device=self.device):
+            if self.leads and best and best not in metrics and best.count("/") < BY_SOURCE:
+                raise missing("exp_manager.checkpoint_callback_params", best, metrics)
+            if end and self.stopping.early is not None:
+                told = self.stopping.early.observe(step, metrics)
+        if told is not None:
+            self._tell(step, told)
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> int:
+        """Go on from a checkpoint and its `state`; the step."""
+        self.saved = step
+        if self.stopping.early is not None and state.get("early_stopping") is not None:
+            self.stopping.early.load_state_dict(state["early_stopping"])
+        return step
 
     def step_done(self, step: int, state: State) -> None:
         """Step, log and validation are over: a checkpoint if one is due."""
@@ -78,7 +118,8 @@ class Course:
         """How it ended after `step` steps, the last checkpoint complete."""
         self.checkpoints.wait()
         if self._ended_by is not None:
-            state = "ended" if self._ended_by.stop else "stopped"
+            is_over = self._ended_by.early and (self.save_interval == 0 or self.saved >= step)
+            state = "ended" if self._ended_by.stop else "finished" if is_over else "stopped"
             return Outcome(state, step, self.max_steps, self.stopping.why(self._ended_by))
         if self.save_interval > 0 and self.saved < step:
             return Outcome("stopped", step, self.max_steps, "no time was left for the last checkpoint")
@@ -91,7 +132,9 @@ class Course:
         if asked.late:
             self._tell(step, f"no time is left for a checkpoint of step {step}; the last one is of step {self.saved}")
             return
-        self.checkpoints.save(step, state())
+        early = self.stopping.early
+        own = {"metrics": self._metrics, "validation": self._validation}
+        self.checkpoints.save(step, {**state(), **own, "early_stopping": early.state_dict() if early else None})
         self.saved = step
 
     def _tell(self, step: int, message: str) -> None:

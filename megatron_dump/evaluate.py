@@ -13,6 +13,7 @@ from megatron_dump.gather import gather_outcomes
 from megatron_dump.rollout import Generator, Request
 from megatron_dump.scoring import Scorer, finite_mean, local_outcomes
 from megatron_dump.shared_scoring import SharedScorer
+from megatron_dump.types import Completion, Outcomes, Score
 
 # Validation samples come from a stream of random numbers that no training step uses, the same every time: a difference
 # between two validations is one of the weights.
@@ -27,6 +28,31 @@ class Validation:
     pass_rates: dict[str, list[float]]  # source -> share of right samples of each of its prompts, in order
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Completions of every prompt of a data set."""
+
+    outcomes: Outcomes  # of all ranks; group ids are rows of the data set
+    completions: list[Completion]  # this rank's
+    scores: list[Score]  # of `completions`; with their answers on the first rank of each replica
+
+
+def sample(
+    generator: Generator,
+    dataset: PromptDataset,
+    scorer: Scorer | SharedScorer,
+    samples_per_prompt: int,
+    replica: Replica,
+) -> Sampled:
+    """Sample and judge every prompt of the data set; a collective of all ranks."""
+    mine = np.array_split(np.arange(len(dataset)), replica.size)[replica.rank]
+    requests = [Request(int(i), dataset[int(i)], samples_per_prompt) for i in mine]
+    completions = generator.generate(STREAM, requests)
+    scores = scorer.score("validation reward", completions, {r.group_id: r.prompt for r in requests})
+    local = local_outcomes(0, completions, {r.group_id: r.prompt for r in requests}, scores, dataset.sources)
+    return Sampled(gather_outcomes(local, replica.group, replica.device), completions, scores)
+
+
 def validate(
     generator: Generator,
     dataset: PromptDataset,
@@ -35,12 +61,7 @@ def validate(
     replica: Replica,
 ) -> Validation:
     """Sample every prompt of the data set; a collective of all ranks, the same result on each."""
-    mine = np.array_split(np.arange(len(dataset)), replica.size)[replica.rank]
-    requests = [Request(int(i), dataset[int(i)], samples_per_prompt) for i in mine]
-    completions = generator.generate(STREAM, requests)
-    scores = scorer.score("validation reward", completions, {r.group_id: r.prompt for r in requests})
-    local = local_outcomes(0, completions, {r.group_id: r.prompt for r in requests}, scores, dataset.sources)
-    outcomes = gather_outcomes(local, replica.group, replica.device)
+    outcomes = sample(generator, dataset, scorer, samples_per_prompt, replica).outcomes
     metrics, pass_rates = {}, {}
     for k, source in enumerate(dataset.sources):
         of_source = outcomes.source_ids == k

@@ -44,16 +44,23 @@ def gather_outcomes(
     sizes = all_gather_array(np.array([len(table), local.step]), group, device)  # [ranks, 2]
     if np.any(sizes[:, 1] != sizes[0, 1]):
         raise ValueError(f"gather_outcomes: the ranks are at different steps: {sizes[:, 1].tolist()}")
-    padded = np.zeros((max(1, int(sizes[:, 0].max())), table.shape[1]))  # some backends refuse empty tensors
-    padded[: len(table)] = table
-    gathered = all_gather_array(padded, group, device)  # [ranks, N_max, 12]
-    rows = np.concatenate([part[:n] for part, n in zip(gathered, sizes[:, 0], strict=True)])
+    rows = gather_rows(table, sizes[:, 0], group, device)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # the last key, group_id, sorts first
     repeated = np.all(rows[1:, :2] == rows[:-1, :2], axis=1)
     if repeated.any():
         group_id, sample = rows[1:][repeated][0, :2].astype(int)
         raise ValueError(f"gather_outcomes: sample {sample} of group {group_id} came from two ranks")
     return Outcomes(step=local.step, **{n: rows[:, i].astype(d) for i, (n, d) in enumerate(_COLUMNS.items())})
+
+
+def gather_rows(
+    own: np.ndarray, sizes: np.ndarray, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Every rank's rows, in the order of ranks; sizes: int64 [ranks], how many each has. One collective."""
+    padded = np.zeros((max(1, int(sizes.max())), *own.shape[1:]), own.dtype)  # some backends refuse empty tensors
+    padded[: len(own)] = own
+    gathered = all_gather_array(padded, group, device)  # [ranks, N_max, …]
+    return np.concatenate([part[:n] for part, n in zip(gathered, sizes, strict=True)])
 
 
 def digest(outcomes: Outcomes) -> str:
@@ -76,13 +83,8 @@ def gather_completions(
     tokens = np.concatenate([np.empty(0, np.int64), *(c.token_ids for c in local)]).astype(np.int64)
     logprobs = np.concatenate([np.empty(0, np.float32), *(c.logprobs for c in local)]).astype(np.float32)
     sizes = all_gather_array(np.array([len(heads), len(tokens)]), group, device)  # [ranks, 2]
-    parts = []
-    for array, counts in ((heads, sizes[:, 0]), (tokens, sizes[:, 1]), (logprobs, sizes[:, 1])):
-        padded = np.zeros((max(1, int(counts.max())), *array.shape[1:]), array.dtype)
-        padded[: len(array)] = array
-        gathered = all_gather_array(padded, group, device)
-        parts.append(np.concatenate([part[:n] for part, n in zip(gathered, counts, strict=True)]))
-    heads, tokens, logprobs = parts
+    heads = gather_rows(heads, sizes[:, 0], group, device)
+    tokens, logprobs = (gather_rows(array, sizes[:, 1], group, device) for array in (tokens, logprobs))
     ends = np.cumsum(heads[:, 4])
     completions = [
         Completion(g, sample, tokens[end - length : end], logprobs[end - length : end], bool(finished), version)

@@ -7,6 +7,7 @@ import dataclasses
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.actor.policy import Policy
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.distributed import Replica
 from megatron_dump.engines import start_engines
@@ -17,6 +18,7 @@ from megatron_dump.rollout.eager import Eager, NoEngines
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.recorded import RecordedGenerator, RecordingGenerator
 from megatron_dump.rollout.reshard import choose, policy_generator
+from megatron_dump.rollout.resharded import ReshardedGenerator
 from megatron_dump.rollout.sampling import SamplingOptions
 
 
@@ -41,11 +43,9 @@ def make_generators(
 
     cluster: rank 0's connection to Ray, where engines run there.
     """
-    model, backend, grid = config.model, config.trainer.grpo.inference_backend, actor.parallel
+    backend, grid = config.trainer.grpo.inference_backend, actor.parallel
     options = sampling_options(config, actor, tokenizer)
-    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
-    choice, precision = choose(actor, backend.reshard), config.trainer.precision
-    on_weights = policy_generator(actor, choice, precision, lambda weights: MegatronGenerator(weights, *settings))
+    on_weights = weights_generator(config, actor, tokenizer, options)
     validation = Eager(on_weights.greedy() if config.trainer.grpo.greedy_on_validation else on_weights)
     training: AsyncGenerator = Eager(on_weights)
     engines: Engines = NoEngines()
@@ -56,12 +56,22 @@ def make_generators(
     if backend.record:
         writes = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.is_first_stage
         training = RecordingGenerator(training, backend.record, grid.data_rank if writes else None)
-    return Generators(training, validation, engines, choice.notice)
+    return Generators(training, validation, engines, on_weights.notice)
 
 
-def sampling_options(
-    config: Config, actor: MegatronGPTGRPOActor, tokenizer: PreTrainedTokenizerFast
-) -> SamplingOptions:
+def weights_generator(
+    config: Config, policy: Policy, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions
+) -> MegatronGenerator | ReshardedGenerator:
+    """One on the policy's own weights, split as `inference_backend.reshard` says. A collective of all ranks."""
+    model = config.model
+    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
+    choice = choose(policy, config.trainer.grpo.inference_backend.reshard)
+    return policy_generator(
+        policy, choice, config.trainer.precision, lambda weights: MegatronGenerator(weights, *settings)
+    )
+
+
+def sampling_options(config: Config, actor: Policy, tokenizer: PreTrainedTokenizerFast) -> SamplingOptions:
     """Of `model.grpo`. ConfigError for a model that names no stop token, and for end strings that are no tokens."""
     model, eos = config.model, actor.arch.hf.eos_token_id
     if eos is None:

@@ -39,8 +39,8 @@ def read_inputs(config: Config) -> Inputs:
     validation = None
     if data.validation_files:
         validation = load_data(config, tokenizer, data.validation_files, "model.data.validation_files")
-        _keep_prompts(validation, config.trainer.grpo.val_num_prompts_per_grpo_step)
-        _check_monitor(config, validation)
+        keep_prompts(validation, config.trainer.grpo.val_num_prompts_per_grpo_step)
+    _check_monitors(config, train, validation)
     sources = sorted({*train.sources, *(validation.sources if validation else ())})
     reward_functions(data.rewards, sources)  # tells what is wrong with them
     return Inputs(tokenizer, train, validation, sources, make_curriculum(config, train))
@@ -98,19 +98,35 @@ def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:
     return {k: v for k, v in vars(curriculum).items() if k not in ("source_key", "resume_changed")}
 
 
-def _keep_prompts(validation: PromptDataset, n: int | None) -> None:
+def keep_prompts(
+    dataset: PromptDataset, n: int | None, key: str = "trainer.grpo.val_num_prompts_per_grpo_step"
+) -> None:
+    """Keep n rows, None: all. ConfigError names `key` where a source would get none."""
     if n is not None:
         try:
-            validation.keep(n)
+            dataset.keep(n)
         except ValueError as error:
-            raise ConfigError(f"trainer.grpo.val_num_prompts_per_grpo_step={n}: {error}") from None
+            raise ConfigError(f"{key}={n}: {error}") from None
 
 
-def _check_monitor(config: Config, validation: PromptDataset) -> None:
-    """What decides which checkpoints are the best must be measured."""
-    monitor = config.exp_manager.checkpoint_callback_params.monitor
-    known = evaluate.metric_names(validation.sources, config.trainer.grpo.val_samples_per_prompt)
-    if monitor is not None and monitor not in known:
-        raise ConfigError(
-            f"exp_manager.checkpoint_callback_params.monitor={monitor}: the validation measures {', '.join(known)}"
-        )
+def monitored(config: Config) -> tuple[str | None, str | None]:
+    """The metrics that decide which checkpoints are the best, and when the run ends early; None: nothing asks."""
+    manager = config.exp_manager
+    best = manager.checkpoint_callback_params.monitor if config.trainer.grpo.save_interval else None
+    return best, manager.early_stopping_callback_params.monitor if manager.create_early_stopping_callback else None
+
+
+def _check_monitors(config: Config, train: PromptDataset, validation: PromptDataset | None) -> None:
+    """What decides by a validation must be measured by it; other metrics are known in full after the first step."""
+    sources = validation.sources if validation else ()
+    known = evaluate.metric_names(sources, config.trainer.grpo.val_samples_per_prompt)
+    blocks = ("checkpoint_callback_params", "early_stopping_callback_params")
+    for block, monitor in zip(blocks, monitored(config), strict=True):
+        kind, *rest = (monitor or "").split("/", 1)
+        if kind == "val" and monitor not in known:
+            raise ConfigError(f"exp_manager.{block}.monitor={monitor}: the validation measures {', '.join(known)}")
+        is_of_source = kind in ("train", "curriculum") and "/" in "".join(rest)
+        if is_of_source and not rest[0].startswith(tuple(f"{source}/" for source in train.sources)):
+            raise ConfigError(
+                f"exp_manager.{block}.monitor={monitor}: no such source; there are {', '.join(train.sources)}"
+            )

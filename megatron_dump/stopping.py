@@ -1,4 +1,4 @@
-"""What may end a run before its last step, as one rank sees it: a signal, the time, switch files; and how it ended.
+"""What may end a run before its last step, as one rank sees it, and how it ended: a signal, the time, files, a metric.
 
 The ranks agree on it in course.py. Standard library only: it is at work before anything heavy is imported.
 """
@@ -13,6 +13,8 @@ import signal
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from megatron_dump.early_stopping import EarlyStopping
 
 SAVE, STOP = "SAVE", "STOP"  # files in the run's folder
 
@@ -50,10 +52,11 @@ class Asked(NamedTuple):
     late: bool  # a checkpoint would not fit in
     save: bool  # the file SAVE is there
     stop: bool  # the file STOP is there
+    early: bool  # the monitored metric no longer improves
 
     @property
     def ends(self) -> bool:
-        return self.signal or self.time or self.stop
+        return self.signal or self.time or self.stop or self.early
 
 
 @dataclasses.dataclass
@@ -64,6 +67,7 @@ class Stopping:
     folder: pathlib.Path | None = None  # of SAVE and STOP; None: this rank is not the one that looks
     end: float | None = None  # seconds since the epoch
     reserve_s: float = 120.0  # kept for the last checkpoint
+    early: EarlyStopping | None = None  # rank 0's
     longest_step_s: float = 0.0  # with its validation, without its checkpoint
     _begun: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -83,6 +87,7 @@ class Stopping:
             late=left < longest_save_s or left <= 0,
             save=self._has(SAVE),
             stop=self._has(STOP),
+            early=self.early is not None and self.early.is_over,
         )
 
     def clear_save(self) -> None:
@@ -94,6 +99,8 @@ class Stopping:
         """In words for people."""
         if asked.stop:
             return f"the file {STOP} is in exp_manager.explicit_log_dir: remove it before the run is to go on"
+        if asked.early:
+            return self.early.why if self.early is not None else "the monitored metric no longer improves"
         if asked.signal:
             return "SIGUSR1 was received"
         end = "" if self.end is None else f" before {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.end))}"

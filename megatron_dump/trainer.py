@@ -54,7 +54,6 @@ class GRPOTrainer:
     balance_tokens: bool = False  # an update's rollouts go to data-parallel ranks by their tokens, not in order
     step: int = 0  # steps done
     ahead: collections.deque[Begun] = dataclasses.field(default_factory=collections.deque)  # rounds out, oldest first
-    validated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last validation and what it found
     alarms: events.AlarmWatch = dataclasses.field(default_factory=events.AlarmWatch)
     reward_kl: KLInReward | None = None  # None: the KL, if any, is in the loss
     notice: str = ""  # for people, at the start: what generates
@@ -175,7 +174,7 @@ class GRPOTrainer:
         counts = count_loops(rollouts.completions)
         loops = all_gather_array(counts, self.replica.group, self.replica.device).sum(axis=0)
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
-        self.monitor.log_step(self.step, {
+        metrics = {
             **step_metrics(outcomes, sources, self.max_length),
             **metrics,
             **{f"train/{s}/reward_{kind}": float(n) for s, counts in faults.items()
@@ -186,7 +185,9 @@ class GRPOTrainer:
             **rollout_metrics(loops, float(outcomes.lengths.sum()), watch.seconds["gen"], self.replica.world_size),
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
             "perf/generated_tokens": float(outcomes.lengths.sum() + rollouts.tokens_before),
-        })  # fmt: skip
+        }  # fmt: skip
+        self.monitor.log_step(self.step, metrics)
+        self.course.measured(self.step, metrics)
         self.monitor.log_samples(self.step, sample_rows(rollouts))
         asked = self.config.num_prompts_per_grpo_step * self.config.samples_per_prompt
         self.monitor.log_events([
@@ -201,15 +202,14 @@ class GRPOTrainer:
             n = self.config.val_samples_per_prompt
             with self.actor.generating():
                 result = evaluate.validate(self.validator, self.validation, self.collector.scorer, n, self.replica)
-            self.validated = (self.step, evaluate.summary(result.metrics))
             self.monitor.log_validation(self.step, result.metrics, result.pass_rates)
+            self.course.measured(self.step, evaluate.summary(result.metrics), validation=True)
 
     def state(self) -> dict[str, Any]:
         """What decides how the run goes on, besides the actor's: for a checkpoint."""
         return {
             "curriculum": self.curriculum.state_dict() if self.owns_curriculum else None,
             "settings": self.settings,
-            "validation": self.validated[1] if self.validated[0] == self.step else {},
         }
 
     def resume(self, allowed: bool = True) -> bool:
@@ -237,7 +237,7 @@ class GRPOTrainer:
         agree("curriculum state", self.curriculum.digest(), device=self.replica.device)
         checkpoints.load(latest)
         self.collector.sampler.consumed_samples = self.curriculum.step * self.config.num_prompts_per_grpo_step
-        self.step = self.course.saved = latest
+        self.step = self.course.resume(latest, state)
         self.monitor.truncate_after(latest)
         self.monitor.log_events(events.notices(latest, notes))
         self.alarms.changes(latest, self.curriculum.alarms())  # those that stand were told before

@@ -66,6 +66,8 @@ class Score:
     well_formed: bool  # the answer could be read at all: tells "hard" from "broken verifier or format"
     reason: str = ""  # one word or sentence, for reports
     components: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)  # what the reward is made of
+    # What it answers, written so that equal answers are equal texts: a vote of maj@k. None: unreadable, or not told.
+    answer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ PACKAGE = "megatron_dump"
 LOW = {
     "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
     "scoring", "shared_scoring", "ray_cluster", "batches", "events", "rollout_metrics",
-    "monitor", "report", "stopwatch", "stopping",
+    "monitor", "report", "stopwatch", "stopping", "early_stopping",
 }  # fmt: skip
 LAYER_3 = {"actor", "rollout", "weight_sync"}
 # Unit (a module, or a folder as a whole) -> units of the package that it may import, besides itself.
@@ -41,7 +41,8 @@ UNITS: dict[str, set[str]] = {
     "batches": {"types", "grpo"},
     "events": {"types"},
     "stopwatch": set(),
-    "stopping": set(),
+    "early_stopping": set(),
+    "stopping": {"early_stopping"},
     "console": {"types"},
     "monitor": {"types", "console"},
     "report": {"types"},
@@ -50,12 +51,15 @@ UNITS: dict[str, set[str]] = {
     "weight_sync": {"types", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
-    "course": {"types", "distributed", "events", "monitor", "stopping", "protocols"},
+    "course": {"types", "distributed", "events", "monitor", "early_stopping", "stopping", "protocols"},
     "trainer": LOW | LAYER_3 | {"protocols", "evaluate", "collect", "kl_reward", "course"},
     "evaluate": LOW | LAYER_3,
     "engines": LOW | LAYER_3,
     "generators": LOW | LAYER_3 | {"engines", "protocols"},
     "inputs": LOW | LAYER_3 | {"evaluate"},
+    "estimates": {"curriculum"},
+    "evaluation": LOW | LAYER_3 | {"evaluate", "estimates", "generators", "inputs"},
+    "evaluation_table": set(),
     "assemble": LOW | LAYER_3 | {"trainer", "collect", "kl_reward", "course", "inputs", "generators", "engines"},
     "integrations": {"types", "curriculum", "rewards", "distributed"},  # NeMo-Aligner's ranks share one draw
     "__init__": set(),
@@ -78,12 +82,16 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gather": {"torch", "numpy"},
     "rollout_metrics": {"numpy"},
     "stopwatch": set(),
+    "early_stopping": set(),
     "stopping": set(),
     "course": {"torch", "numpy"},
     "events": {"numpy"},
     "console": {"rich"},
     "monitor": {"wandb", "torch", "tensorboard"},
     "report": {"matplotlib", "rich", "numpy"},
+    "estimates": {"numpy"},
+    "evaluation": {"numpy"},
+    "evaluation_table": {"rich"},
     "__init__": set(),
 }
 ONLY_IN: dict[str, set[str]] = {

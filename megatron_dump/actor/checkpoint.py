@@ -23,7 +23,7 @@ from megatron_dump.actor import random_state
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.checkpoint_write import Write
 from megatron_dump.actor.offload import optimizer_parts
-from megatron_dump.actor.retention import surplus
+from megatron_dump.actor.retention import best, surplus
 from megatron_dump.actor.sharded_state import restore_state, sharded_state
 from megatron_dump.config import CheckpointCallbackParams
 from megatron_dump.distributed import all_gather_array, fail_together
@@ -81,7 +81,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> pathlib.Path:
         """Write step_<step> with `state` (JSON-serialisable; rank 0's is kept); with `async_save`, begin to.
 
-        `state["validation"]`, if it is there, holds the metrics of which `monitor` is one.
+        `state["metrics"]` and `state["validation"]`, where there, hold the metrics of which `monitor` is one.
         """
         self.wait()
         begun = time.monotonic()
@@ -126,6 +126,7 @@ class Checkpoints:
                 for doomed in files.discard(self.folder, self._surplus()):
                     self._removals.append(threading.Thread(target=shutil.rmtree, args=(doomed,)))
                     self._removals[-1].start()
+                self._link_best()
         took = pending.write.ended - pending.begun + time.monotonic() - polled
         self.longest_save_s = max(self.longest_save_s, took)
         return True
@@ -170,6 +171,7 @@ class Checkpoints:
         with fail_together(f"checkpoints later than step {step}", device=self.actor.parallel.device):
             if self.actor.parallel.rank == 0 and self._chosen:
                 files.supersede(self.folder, step)
+                self._link_best()
         return state
 
     def _find(self) -> tuple[int, bool] | str:
@@ -194,13 +196,21 @@ class Checkpoints:
         return f"no older checkpoint is complete: restore the file, or move {path.name} away to start over"
 
     def _surplus(self) -> list[int]:
-        if self.params.save_top_k < 0:
-            return []
-        for step in files.steps(self.folder):
+        return [] if self.params.save_top_k < 0 else surplus(self._monitored(), self.params)
+
+    def _link_best(self) -> None:
+        if self.params.monitor is not None:
+            files.link_best(self.folder, best(self._monitored(), self.params))
+
+    def _monitored(self) -> dict[int, float | None]:
+        """Step of every complete checkpoint -> its monitored metric."""
+        there = files.steps(self.folder)
+        for step in there:
             if step not in self._values:
                 state = files.read_state(files.step_folder(self.folder, step))
-                self._values[step] = state.get("validation", {}).get(self.params.monitor)
-        return surplus({step: self._values[step] for step in files.steps(self.folder)}, self.params)
+                measured = {**state.get("metrics", {}), **state.get("validation", {})}
+                self._values[step] = measured.get(self.params.monitor)
+        return {step: self._values[step] for step in there}
 
     def _live(self) -> list[torch.Tensor]:
         """What training changes in place."""

@@ -8,6 +8,7 @@
     step_<n>.partial      being written, or left behind by a kill
     step_<n>.deleted      being deleted, or left behind by a kill
     step_<n>.superseded   later than a step that was chosen to resume from; never touched again
+    best                  link to the best one by `monitor`, of those that are kept
 
 A rename is atomic and ordered after the contents (fsync of files and folders), so a kill or a power failure at any
 moment leaves each folder either complete or under a name that is never read.
@@ -25,7 +26,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, BEST = "manifest.json", "state.json", "best"
 _CHUNK = 1 << 24  # bytes read at once
 Entries = dict[str, list[int]]  # path inside the checkpoint -> [bytes, CRC-32]
 
@@ -134,6 +135,17 @@ def discard(folder: pathlib.Path, discarded: Iterable[int]) -> list[pathlib.Path
         os.rename(path, doomed[-1])
         _synchronise(folder)
     return doomed
+
+
+def link_best(folder: pathlib.Path, step: int | None) -> None:
+    """Point `best` to step_<step>, by one rename; None: there is no best one."""
+    link, fresh = folder / BEST, folder / f"{BEST}.new"
+    fresh.unlink(missing_ok=True)  # of a kill
+    if step is None:
+        link.unlink(missing_ok=True)
+        return
+    fresh.symlink_to(step_folder(folder, step).name)
+    os.replace(fresh, link)
 
 
 def supersede(folder: pathlib.Path, after: int) -> None:

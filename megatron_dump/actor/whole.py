@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.layout import Layout
 from megatron_dump.actor.model import build_model, transformer_config
 from megatron_dump.actor.parallel import Parallel
+from megatron_dump.actor.policy import Policy
 from megatron_dump.actor.weight_map import Rule, WeightMap, named_parameters
 
 
@@ -26,7 +26,7 @@ class WholePolicy:
     `refresh` brings its weights up to date.
     """
 
-    def __init__(self, actor: MegatronGPTGRPOActor, precision: str, keep_tensor: bool = False) -> None:
+    def __init__(self, actor: Policy, precision: str, keep_tensor: bool = False) -> None:
         if keep_tensor and actor.arch.experts is not None:
             raise ValueError(
                 "trainer.grpo.inference_backend.reshard=pipeline: the model has experts; set it to true or false"
@@ -98,7 +98,7 @@ class WholePolicy:
             _broadcast(whole, owner, place.expert_group)
 
 
-def copy_bytes(actor: MegatronGPTGRPOActor, keep_tensor: bool = False) -> int:
+def copy_bytes(actor: Policy, keep_tensor: bool = False) -> int:
     """What a WholePolicy's weights take on a rank. A collective of all ranks."""
     place, weights, total = actor.parallel, WeightMap(actor.arch), 0
     for name, parameter in named_parameters(actor.modules):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_dump.config.checkpoint_checks import check_checkpoints, check_early_stopping
 from megatron_dump.config.durations import seconds_of
 from megatron_dump.config.rollout_checks import check_backend
 from megatron_dump.config.schedule_checks import check_length
@@ -83,7 +84,8 @@ def validate(config: Config) -> None:
             f"trainer.grpo.val_samples_per_prompt={grpo.val_samples_per_prompt}: greedily decoded, a prompt's samples "
             "are all the same; set it to 1, or trainer.grpo.greedy_on_validation=false"
         )
-    _check_checkpoints(config)
+    check_checkpoints(config)
+    check_early_stopping(config)
     seconds_of("exp_manager.max_time_per_run", config.exp_manager.max_time_per_run)
 
 
@@ -170,32 +172,6 @@ def _check_batches(config: Config) -> None:
             f"model.global_batch_size={model.global_batch_size} does not divide the {n_rollouts} rollouts of a step "
             f"(trainer.grpo.num_prompts_per_grpo_step={grpo.num_prompts_per_grpo_step} × "
             f"samples_per_prompt={grpo.samples_per_prompt}): choose a divisor"
-        )
-
-
-def _check_checkpoints(config: Config) -> None:
-    manager, grpo, prefix = config.exp_manager, config.trainer.grpo, "exp_manager.checkpoint_callback_params"
-    params = manager.checkpoint_callback_params
-    if params.save_top_k < -1 or params.save_top_k == 0:
-        raise ConfigError(
-            f"{prefix}.save_top_k={params.save_top_k}: must be at least 1, or -1 to keep every checkpoint "
-            "(trainer.grpo.save_interval=0 writes none)"
-        )
-    if params.mode not in ("max", "min"):
-        raise ConfigError(f"{prefix}.mode={params.mode}: known are max and min")
-    if manager.resume_from_checkpoint and not manager.resume_if_exists:
-        raise ConfigError(
-            f"exp_manager.resume_from_checkpoint={manager.resume_from_checkpoint}: exp_manager.resume_if_exists=false "
-            "forbids it; set it to true"
-        )
-    if params.monitor is None or grpo.save_interval == 0:
-        return
-    if not config.model.data.validation_files:
-        raise ConfigError(f"{prefix}.monitor={params.monitor}: name model.data.validation_files to measure it on")
-    if grpo.val_check_interval == 0 or grpo.save_interval % grpo.val_check_interval:
-        raise ConfigError(
-            f"{prefix}.monitor={params.monitor}: trainer.grpo.save_interval={grpo.save_interval} must be a multiple "
-            f"of trainer.grpo.val_check_interval={grpo.val_check_interval}, so that every checkpoint has been validated"
         )
 
 

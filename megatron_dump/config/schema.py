@@ -185,6 +185,16 @@ class CheckpointCallbackParams:
 
 
 @dataclasses.dataclass
+class EarlyStoppingParams:
+    monitor: str = "val/accuracy"
+    mode: str = "max"
+    min_delta: float = 0.001
+    patience: int = 10
+    verbose: bool = True
+    strict: bool = True
+
+
+@dataclasses.dataclass
 class ExpManager:
     explicit_log_dir: str = MISSING
     resume_if_exists: bool = True
@@ -193,6 +203,8 @@ class ExpManager:
     time_reserve_s: float = 120.0
     outcome_file: str | None = None
     checkpoint_callback_params: CheckpointCallbackParams = dataclasses.field(default_factory=CheckpointCallbackParams)
+    create_early_stopping_callback: bool = False
+    early_stopping_callback_params: EarlyStoppingParams = dataclasses.field(default_factory=EarlyStoppingParams)
     create_tensorboard_logger: bool = False
     create_wandb_logger: bool = False
     wandb_logger_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -28,7 +28,7 @@ VERDICTS = (SCORE, CRASH, TIMEOUT, BAD_TRUTH)
 READY, FAILED = "ready", "failed"
 OUT_OF_MEMORY = 86  # exit code
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LONGEST_REASON = 500  # characters
+_LONGEST_REASON, _LONGEST_ANSWER = 500, 5000  # characters
 
 
 def judge(function: RewardFn, text: str, ground_truth: str) -> tuple[Any, ...]:
@@ -39,7 +39,8 @@ def judge(function: RewardFn, text: str, ground_truth: str) -> tuple[Any, ...]:
             raise TypeError(f"it returned {score!r}, not a Score")
         components = {str(name): float(value) for name, value in score.components.items()}
         reason = str(score.reason)[:_LONGEST_REASON]
-        return SCORE, float(score.reward), bool(score.correct), bool(score.well_formed), reason, components
+        answer = None if score.answer is None else str(score.answer)[:_LONGEST_ANSWER]
+        return SCORE, float(score.reward), bool(score.correct), bool(score.well_formed), reason, components, answer
     except MemoryError:
         raise
     except GroundTruthError as error:

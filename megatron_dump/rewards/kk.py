@@ -62,7 +62,9 @@ class KKReward(TagFormat):
         except Unreadable as error:
             return scale.score(self.mode, scale.UNREADABLE, str(error), people=0.0)
         right = sum(said[name] == role for name, role in truth.roles.items()) / len(said)
-        return scale.score(self.mode, scale.RIGHT if said == truth.roles else scale.WRONG, people=right)
+        verdict = scale.RIGHT if said == truth.roles else scale.WRONG
+        written = ", ".join(sorted(f"{' '.join(name)}: {' '.join(role)}" for name, role in said.items()))
+        return scale.score(self.mode, verdict, said=written, people=right)
 
 
 kk_reward = KKReward()

@@ -80,7 +80,9 @@ class MathReward(TagFormat):
             right = equal(truth, answer, self.timeout_s)
         except Unreadable as error:
             return scale.score(self.mode, scale.UNREADABLE, str(error))
-        return scale.score(self.mode, scale.RIGHT if right else scale.WRONG)
+        # Wrong answers that differ in notation alone count as different ones.
+        said = truth if right else "".join(clean(answer).split())
+        return scale.score(self.mode, scale.RIGHT if right else scale.WRONG, said=said)
 
     def _answer(self, text: str) -> str:
         if self.answer_in == "tags":

@@ -57,13 +57,14 @@ class ReasoningGymReward(TagFormat):
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  scorers raise whatever a text makes them raise
-            return scale.score(self.mode, scale.WRONG, f"scorer raised {type(error).__name__}: {error!a}", score=0.0)
+            detail = f"scorer raised {type(error).__name__}: {error!a}"
+            return scale.score(self.mode, scale.WRONG, detail, said=answer, score=0.0)
         if not 0.0 <= score <= 1.0:
-            return scale.score(self.mode, scale.WRONG, f"scorer said {score}", score=0.0)
+            return scale.score(self.mode, scale.WRONG, f"scorer said {score}", said=answer, score=0.0)
         if score == 1.0:
-            return scale.score(self.mode, scale.RIGHT, score=1.0)
-        credit = score if self.partial else 0.0
-        return scale.score(self.mode, scale.WRONG, f"{score:.3g} of 1" if score else "", credit=credit, score=score)
+            return scale.score(self.mode, scale.RIGHT, said=answer, score=1.0)
+        credit, detail = score if self.partial else 0.0, f"{score:.3g} of 1" if score else ""
+        return scale.score(self.mode, scale.WRONG, detail, credit=credit, said=answer, score=score)
 
 
 def _library() -> Any:

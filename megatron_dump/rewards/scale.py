@@ -22,8 +22,10 @@ def check_mode(mode: object) -> None:
         raise ValueError(f"mode: {mode!r} is unknown; known: {', '.join(MODES)}")
 
 
-def score(mode: str, verdict: str, detail: str = "", *, credit: float = 0.0, **more: float) -> Score:
-    """A Score for one of the four verdicts above; `more` are further components.
+def score(
+    mode: str, verdict: str, detail: str = "", *, credit: float = 0.0, said: str | None = None, **more: float
+) -> Score:
+    """A Score for one of the four verdicts above; `more` are further components; said: Score.answer.
 
     credit: from 0 to 1, how far the answer's part moves from this verdict's value to that of a right answer.
     """
@@ -35,4 +37,5 @@ def score(mode: str, verdict: str, detail: str = "", *, credit: float = 0.0, **m
         well_formed=verdict in (RIGHT, WRONG),
         reason=(f"{verdict}: {detail}" if detail else verdict)[:_LONGEST_REASON],
         components={"format": layout, "answer": answer, "accuracy": right, **more},
+        answer=said,
     )

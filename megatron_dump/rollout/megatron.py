@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.incremental import incremental_forward
 from megatron_dump.actor.kv_cache import KVCache
+from megatron_dump.actor.policy import Policy
 from megatron_dump.actor.whole import WholePolicy
 from megatron_dump.rollout import Request
 from megatron_dump.rollout.decoding import Decoding
@@ -26,7 +26,7 @@ class MegatronGenerator:
 
     def __init__(
         self,
-        policy: MegatronGPTGRPOActor | WholePolicy,
+        policy: Policy | WholePolicy,
         options: SamplingOptions,
         seed: int,
         max_rows: int,

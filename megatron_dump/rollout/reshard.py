@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_dump.actor.actor import MegatronGPTGRPOActor
+from megatron_dump.actor.policy import Policy
 from megatron_dump.actor.whole import WholePolicy, copy_bytes
 from megatron_dump.rollout.megatron import MegatronGenerator
 from megatron_dump.rollout.resharded import ReshardedGenerator
@@ -31,7 +31,7 @@ class Choice:
         return f"generation runs on {self.copy} of the policy: {self.why}"
 
 
-def choose(actor: MegatronGPTGRPOActor, reshard: bool | str) -> Choice:
+def choose(actor: Policy, reshard: bool | str) -> Choice:
     """`reshard`: true, false, pipeline or auto. A collective of all ranks; ValueError on all where nothing can work.
 
     auto: with tensor, pipeline or context parallel ranks, whole copies where they fit, since ranks that decode a token
@@ -65,10 +65,10 @@ def choose(actor: MegatronGPTGRPOActor, reshard: bool | str) -> Choice:
 
 
 def policy_generator(
-    actor: MegatronGPTGRPOActor,
+    actor: Policy,
     choice: Choice,
     precision: str,
-    on: Callable[[MegatronGPTGRPOActor | WholePolicy], MegatronGenerator],
+    on: Callable[[Policy | WholePolicy], MegatronGenerator],
 ) -> MegatronGenerator | ReshardedGenerator:
     """The generator of a choice; `on` makes one of a policy."""
     if choice.copy == SPLIT:

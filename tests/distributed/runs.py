@@ -15,14 +15,17 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/models/kk-tiny"
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location("train_gpt_grpo", REPO / "examples/train_gpt_grpo.py")
+def load_script(name: str):
+    """A script of examples/ as a module; its neighbours can be imported by it."""
+    if (folder := str(REPO / "examples")) not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", REPO / f"examples/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-SCRIPT = _script()
+SCRIPT = load_script("train_gpt_grpo")
 
 
 def make_data(folder: pathlib.Path) -> pathlib.Path:

@@ -366,7 +366,8 @@ def test_the_best_and_the_newest_are_kept(model, tmp_path):
         return kept
 
     expected = [[0], [0, 1], [1, 2], [1, 3], [1, 3, 4]]
-    assert run_ranks(save, 1)[0] == [[f"step_{n}" for n in kept] for kept in expected]
+    assert run_ranks(save, 1)[0] == [["best", *(f"step_{n}" for n in kept)] for kept in expected]
+    assert (tmp_path / "best").resolve() == tmp_path.resolve() / "step_3"
 
 
 def test_a_chosen_step_is_continued_and_a_restart_goes_on(model, tmp_path):
@@ -432,5 +433,5 @@ def test_a_run_in_the_background_is_the_run_in_the_foreground(tmp_path_factory, 
         logged = [v for k, v in plain[2 * n - 1].items() if k.startswith("val/") and k.endswith("/accuracy")]
         assert accuracy[n] == pytest.approx(np.mean(logged))
     best = max(accuracy, key=lambda n: (accuracy[n], n))
-    assert {p.name for p in (tmp_path / "background/checkpoints").iterdir()} == {f"step_{best}", "step_3"}
+    assert {p.name for p in (tmp_path / "background/checkpoints").iterdir()} == {"best", f"step_{best}", "step_3"}
     assert rows(tmp_path / "plain", "events.jsonl")[0]["message"].startswith("memory of rank")

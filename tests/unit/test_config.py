@@ -15,9 +15,12 @@ from megatron_dump.weight_sync.options import WeightSyncOptions
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 CONF = EXAMPLES / "conf"
-# examples/nemo_rl has NeMo-RL's own configuration; gpt_grpo.yaml lacks what a recipe must say.
+# examples/nemo_rl has NeMo-RL's own configuration, evaluate/ the block of examples/evaluate.py; gpt_grpo.yaml lacks
+# what a recipe must say.
 RECIPES = sorted(
-    path for path in EXAMPLES.rglob("*.yaml") if "nemo_rl" not in path.parts and path != CONF / "gpt_grpo.yaml"
+    path
+    for path in EXAMPLES.rglob("*.yaml")
+    if not {"nemo_rl", "evaluate"} & {*path.parts} and path != CONF / "gpt_grpo.yaml"
 )
 
 

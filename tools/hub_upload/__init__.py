@@ -1,0 +1,1 @@
+"""Parts of upload_to_hub.py."""

@@ -44,7 +44,7 @@ UNITS: dict[str, set[str]] = {
     "stopping": set(),
     "console": {"types"},
     "monitor": {"types", "console"},
-    "report": {"types"},
+    "report": {"types", "config"},  # the defaults that a run changed
     "actor": {"types", "config", "distributed", "grpo"},
     "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
     "weight_sync": {"types", "distributed", "grpo"},
@@ -83,7 +83,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "events": {"numpy"},
     "console": {"rich"},
     "monitor": {"wandb", "torch", "tensorboard"},
-    "report": {"matplotlib", "rich", "numpy"},
+    "report": {"matplotlib", "numpy", "omegaconf", "yaml"},
     "__init__": set(),
 }
 ONLY_IN: dict[str, set[str]] = {

@@ -26,6 +26,8 @@ setup(
         "transformers>=5",
         "safetensors",
         "wandb",
+        "huggingface_hub",
+        "pyyaml",
         "rich",
         "matplotlib",
     ],

@@ -25,6 +25,8 @@ HEADLINE = (  # label, metric key, format
     ("grad_norm", "actor/grad_norm", ".3f"), ("seconds", "timing_s/step", ".1f"),
 )  # fmt: skip
 PLAIN_TABLE_EVERY = 5  # steps between two tables when the output is a file
+PLAIN_ROWS = 24  # sources of such a table
+LIVE_LINES = 9  # of the live view that are no sources
 
 
 class Screen:
@@ -37,6 +39,7 @@ class Screen:
         self._console = Console() if sys.stdout.isatty() else Console(**plain)
         self.live = Live(console=self._console, auto_refresh=False)  # drawn by steps alone: no thread beside forks
         self._seconds: list[float] = []  # of the latest steps, for the ETA
+        self.restore([], [])
 
     def restore(self, rows: list[dict[str, Any]], validations: list[dict[str, Any]]) -> None:
         """Totals and validations as the earlier part of the run left them."""
@@ -47,17 +50,23 @@ class Screen:
 
     def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._add_draws(metrics)
+        self._seconds = [*self._seconds[-19:], metrics.get("timing_s/step", math.nan)]
         metrics = {**metrics, "train/accuracy": overall_accuracy(self._sources, metrics)}
         values = "  ".join(f"{label} {format_number(metrics.get(key), spec)}" for label, key, spec in HEADLINE)
+        phases = " · ".join(f"{p} {metrics[f'timing_s/{p}']:.1f}" for p in PHASES if f"timing_s/{p}" in metrics)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._max_steps}  {values}", soft_wrap=True, markup=False)
+            line = f"step {step}/{self._max_steps}  {values}  ETA {self._time_left(step)}"
+            self._console.print(line, soft_wrap=True, markup=False)
             if step % PLAIN_TABLE_EVERY == 0 or step >= self._max_steps:
-                self._console.print(self._table(metrics))
+                self._console.print(f"seconds: {phases}", soft_wrap=True, markup=False)
+                self._console.print(self._table(metrics, PLAIN_ROWS))
             return
         self.live.start()  # later calls do nothing
-        phases = " · ".join(f"{p} {metrics[f'timing_s/{p}']:.1f}" for p in PHASES if f"timing_s/{p}" in metrics)
-        header = (self._progress(step, metrics), Text(f"seconds: {phases}", style="dim"), Text(values))
-        self.live.update(Group(*header, self._table(metrics)), refresh=True)
+        bar = ProgressBar(total=self._max_steps, completed=step, width=40)
+        head = Text(f"step {step}/{self._max_steps}", style="bold"), bar, Text(f"ETA {self._time_left(step)}")
+        header = Columns(head), Text(f"seconds: {phases}", style="dim"), Text(values)
+        rows = max(3, self._console.height - LIVE_LINES)  # a view taller than the terminal would be cut off
+        self.live.update(Group(*header, self._table(metrics, rows)), refresh=True)
 
     def show_validation(self, step: int, pass_rates: Mapping[str, list[float]]) -> None:
         self._validations.append((step, pass_rates))
@@ -77,25 +86,43 @@ class Screen:
         for source in self._sources:
             self._totals[source] += int(metrics.get(f"curriculum/{source}/n_prompts", 0))
 
-    def _progress(self, step: int, metrics: Mapping[str, float]) -> Columns:
-        self._seconds = [*self._seconds[-19:], metrics.get("timing_s/step", math.nan)]
+    def _time_left(self, step: int) -> str:
+        """By the mean of the latest steps; validations and checkpoints come on top."""
         left = (self._max_steps - step) * sum(self._seconds) / len(self._seconds)
-        eta = str(datetime.timedelta(seconds=round(left))) if math.isfinite(left) else "–"
-        bar = ProgressBar(total=self._max_steps, completed=step, width=40)
-        return Columns([Text(f"step {step}/{self._max_steps}", style="bold"), bar, Text(f"ETA {eta}")])
+        return str(datetime.timedelta(seconds=round(left))) if math.isfinite(left) else "–"
 
-    def _table(self, metrics: Mapping[str, float]) -> Table:
-        """One row a source; what a source that was not drawn cannot have shows as a dash."""
+    def _table(self, metrics: Mapping[str, float], rows: int) -> Table:
+        """A row a source: weight, prompts drawn (now, in all), reward and pass rate in training, validation accuracy.
+
+        What a source that was not drawn cannot have shows as a dash. Of more sources than `rows` those under an alarm
+        and the heaviest are shown.
+        """
         table = Table("source", box=box.SIMPLE, padding=(0, 1, 0, 0))  # narrow: fits 80 columns
-        for title in ("weight", "", "prompts", "total", "reward", "accuracy", "val acc"):
-            table.add_column(title, justify="right" if title else "left", no_wrap=True)
+        for title in ("weight", "", "draws", "total", "reward", "pass", "val", "alarm"):
+            is_text = title in ("", "alarm")
+            table.add_column(title, justify="left" if is_text else "right", no_wrap=True)
         latest = {s: fmean(v) for s, v in self._validations[-1][1].items()} if self._validations else {}
-        for source in self._sources:
-            weight = metrics.get(f"curriculum/{source}/weight", math.nan)
+        weights = {s: metrics.get(f"curriculum/{s}/weight", math.nan) for s in self._sources}
+        alarms = {s for s in self._sources if metrics.get(f"curriculum/{s}/alarm", 0) > 0}
+        shown = self._sources
+        if len(shown) > rows:
+            by_weight = sorted(shown, key=lambda s: (s not in alarms, -weights[s] if math.isfinite(weights[s]) else 0))
+            kept = set(by_weight[: rows - 1])
+            shown = [s for s in shown if s in kept]
+        for source in shown:
+            weight = weights[source]
             bar = Text("█" * (round(10 * weight) if math.isfinite(weight) else 0), style="cyan")
             draws = (str(int(metrics.get(f"curriculum/{source}/n_prompts", 0))), str(self._totals[source]))
             train = [format_number(metrics.get(f"train/{source}/{key}")) for key in ("reward/mean", "accuracy")]
-            table.add_row(Text(source), format_number(weight), bar, *draws, *train, format_number(latest.get(source)))
+            alarm = Text("ALARM" if source in alarms else "", style="bold red")
+            values = (format_number(weight), bar, *draws, *train, format_number(latest.get(source)), alarm)
+            table.add_row(Text(source), *values)
+        if rest := set(self._sources) - set(shown):
+            weight = sum(weights[s] for s in rest if math.isfinite(weights[s]))
+            drawn = sum(int(metrics.get(f"curriculum/{s}/n_prompts", 0)) for s in rest)
+            total = sum(self._totals[s] for s in rest)
+            bar = Text("█" * round(10 * weight), style="cyan")
+            table.add_row(f"{len(rest)} others", format_number(weight), bar, str(drawn), str(total), style="dim")
         return table
 
     def show_summary(self) -> None:

@@ -45,7 +45,7 @@ UNITS: dict[str, set[str]] = {
     "stopping": {"early_stopping"},
     "console": {"types"},
     "monitor": {"types", "console"},
-    "report": {"types"},
+    "report": {"types", "config"},  # the defaults that a run changed
     "actor": {"types", "config", "distributed", "grpo"},
     "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
     "weight_sync": {"types", "distributed", "grpo"},
@@ -88,7 +88,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "events": {"numpy"},
     "console": {"rich"},
     "monitor": {"wandb", "torch", "tensorboard"},
-    "report": {"matplotlib", "rich", "numpy"},
+    "report": {"matplotlib", "numpy", "omegaconf", "yaml"},
     "estimates": {"numpy"},
     "evaluation": {"numpy"},
     "evaluation_table": {"rich"},

@@ -1,4 +1,4 @@
-"""report.html and report.png of a run, from its metrics.jsonl: `python -m megatron_dump.report RUN_DIR`."""
+"""report.html and report.png of a run, from the files in its folder: `python -m megatron_dump.report RUN_DIR`."""
 
 from megatron_dump.report.page import write_report
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -102,7 +102,10 @@ def test_plain_output_has_a_line_a_step_and_a_table_every_five_and_at_the_end(tm
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 110
-    assert "step 3/7  reward 0.250  accuracy 0.625  len 120  kl 0.0021  grad_norm 0.500  seconds 6.0" in out
+    assert (
+        "step 3/7  reward 0.250  accuracy 0.625  len 120  kl 0.0021  grad_norm 0.500  seconds 6.0  ETA 0:00:24\n" in out
+    )
+    assert out.count("seconds: gen 3.0 · step 6.0") == 2
     assert out.count("weight") == 2  # tables at steps 5 and 7
     names = [line.split()[0] for line in out.splitlines() if line.strip().startswith("kk_logic")]
     assert names == ["kk_logic_2", "kk_logic_3", "kk_logic_10"] * 2
@@ -170,72 +173,68 @@ def test_live_view_on_a_terminal(tmp_path, monkeypatch):
     assert "\x1b[" in out
 
 
+def test_an_alarm_stands_in_the_table_as_long_as_it_lasts(tmp_path, capsys):
+    monitor = Monitor(tmp_path, SOURCES, 10, 0, {})
+    for step in range(1, 11):
+        monitor.log_step(step, step_metrics() | {"curriculum/kk_logic_10/alarm": float(step < 8)})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("kk_logic_")]
+    assert [row[0] for row in rows if row[-1] == "ALARM"] == ["kk_logic_10"]  # at step 5, no more at step 10
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_hundred_sources_fit_the_view(tmp_path, monkeypatch, capsys, is_terminal):
+    """Those under an alarm and the heaviest, in natural order; the others are summed up."""
+    if is_terminal:
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "30"}.items():
+            monkeypatch.setenv(name, value)
+    terminal = sys.stdout
+    names = [f"kk_logic_{k}" for k in range(100)]
+    metrics = {f"curriculum/{n}/weight": k / 4950 for k, n in enumerate(names)} | {"timing_s/step": 3.0}
+    metrics |= {f"curriculum/{n}/n_prompts": 1.0 for n in names} | {"curriculum/kk_logic_1/alarm": 1.0}
+    monitor = Monitor(tmp_path, names, 5, 0, {})
+    monitor.log_step(5, metrics)
+    monitor.close()
+    out = terminal.getvalue() if isinstance(terminal, Terminal) else capsys.readouterr().out
+    out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    out = out[out.rindex("step 5/5") :]  # the view as it ends
+    rows = [line for line in out.splitlines() if line.strip().startswith("kk_logic_")]
+    assert len(rows) == (20 if is_terminal else 23)
+    assert [row.split()[0] for row in rows] == [
+        "kk_logic_1",
+        *(f"kk_logic_{100 - k}" for k in range(len(rows) - 1, 0, -1)),
+    ]
+    assert "ALARM" in rows[0]
+    hidden = 100 - len(rows)
+    weight = sum(k for k in range(100) if f"kk_logic_{k}" not in {row.split()[0] for row in rows}) / 4950
+    others = next(line for line in out.splitlines() if "others" in line).split()
+    assert others == [str(hidden), "others", f"{weight:.3f}", "█" * round(10 * weight), str(hidden), str(hidden)]
+    assert max(map(len, out.splitlines())) <= (80 if is_terminal else 110)
+    assert not is_terminal or len(out.splitlines()) <= 30
+
+
 def test_tensorboard_hides_what_a_resume_repeats(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, value in ((1, 0.25), (2, 0.75)):
         monitor = Monitor(tmp_path, SOURCES, 10, 0, {"create_tensorboard_logger": True})
         monitor.truncate_after(first - 1)
         for step in range(first, 4):
-            monitor.log_step(step, {"critic/score/mean": value})
+            monitor.log_step(step, {"critic/score/mean": value, "curriculum/kk_logic_2/weight": 1.0})
+            monitor.log_samples(
+                step, [{"source": "a", "prompt": "p", "completion": "<b>\nx", "reward": 1.0, "correct": True}]
+            )
         monitor.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.75), (3, 0.75)]
-
-
-def fake_wandb(calls: list[tuple], failing: str) -> types.ModuleType:
-    """A wandb whose `failing` function raises, with a secret in the message."""
-
-    def record(name):
-        def call(*args, **kwargs):
-            calls.append((name, args, kwargs))
-            if name == failing:
-                raise ConnectionError("cannot reach the server with key s3cr3t-value")
-            return types.SimpleNamespace(log=record("log"), finish=record("finish"))
-
-        return call
-
-    module = types.ModuleType("wandb")
-    module.init = record("init")
-    module.Settings = lambda **kwargs: kwargs
-    return module
-
-
-@pytest.mark.parametrize("failing", ["none", "init", "log", "finish"])
-def test_wandb_outage_warns_once_and_leaks_nothing(tmp_path, monkeypatch, caplog, capsys, failing):
-    calls: list[tuple] = []
-    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls, failing))
-    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value")
-    manager = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "dump", "name": "kk"}}
-    for _ in range(2):  # the second is a resume
-        monitor = Monitor(tmp_path, SOURCES, 10, 0, manager)
-        monitor.truncate_after(0)
-        monitor.log_step(1, step_metrics())
-        monitor.log_step(2, step_metrics())
-        monitor.close()
-    inits = [kwargs for name, _, kwargs in calls if name == "init"]
-    assert inits[0]["project"] == "dump" and inits[0]["name"] == "kk"
-    assert inits[0]["id"] == inits[1]["id"] == (tmp_path / "wandb_run_id").read_text()
-    assert len(_warnings(caplog)) == (0 if failing == "none" else 2)  # one a process
-    assert "s3cr3t-value" not in caplog.text + "".join(capsys.readouterr())
-    assert "s3cr3t-value" not in "".join(path.read_text() for path in tmp_path.iterdir())
-    assert [row["step"] for row in read(tmp_path)] == [1, 2]
-
-
-def _warnings(caplog) -> list[str]:
-    """What the monitor itself logged; other libraries' records depend on which of them were imported."""
-    return [record.message for record in caplog.records if record.name == "megatron_dump.monitor"]
-
-
-def test_wandb_offline_for_real(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    manager = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "dump", "name": "kk"}}
-    monitor = Monitor(tmp_path, SOURCES, 10, 0, manager)
-    monitor.log_step(1, step_metrics())
-    monitor.close()
-    assert not _warnings(caplog)
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    texts = {(e.step, e.tensor_proto.string_val[0]) for e in events.Tensors("samples/a/text_summary")}
+    assert texts == {(step, b"    right, reward 1.0\n\n    p\n\n    <b>\n    x") for step in (1, 2, 3)}
+    assert (
+        b"curriculum/kk_logic_2/weight"
+        in b"".join(event.tensor_proto.SerializeToString() for event in events.Tensors("custom_scalars__config__"))
+        or "custom_scalars__config__" in events.Tags()["tensors"]
+    )
 
 
 def test_the_summary_pairs_prompts(tmp_path, capsys):

@@ -8,73 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from omegaconf import OmegaConf
 
 from megatron_dump.report import write_report
-from megatron_dump.report.figure import draw_figure
+from megatron_dump.report.figure import STYLE, draw_figure
 from megatron_dump.report.run import read_run
+from megatron_dump.report.settings import changes, flatten
+from tests.unit.recorded_runs import SAMPLE, write_jsonl, write_run
 
 
-def write_run(log_dir: Path, n_sources: int, n_steps: int, seed: int = 0) -> None:
-    """metrics.jsonl and samples.jsonl with logistic learning curves and some sources not drawn in some steps."""
-    rng = np.random.default_rng(seed)
-    names = [f"kk_logic_{i + 2}" for i in range(n_sources)]
-    lines: list[dict] = []
-
-    def accuracy(step: int) -> np.ndarray:
-        return 1 / (1 + np.exp(0.7 * np.arange(n_sources) + 1.0 - 5.0 * step / n_steps))
-
-    def validate(step: int) -> None:
-        passed = rng.binomial(100, accuracy(step)) / 100
-        row = {f"val/{name}/accuracy": value for name, value in zip(names, passed, strict=True)}
-        row |= {f"val/{n}/accuracy_se": (p * (1 - p) / 100) ** 0.5 for n, p in zip(names, passed, strict=True)}
-        lines.append({"step": step, **row})
-
-    validate(0)
-    for step in range(1, n_steps + 1):
-        truth = accuracy(step)
-        learnability = np.sqrt(truth * (1 - truth)) + rng.normal(0, 0.02, n_sources)
-        weights = np.exp(learnability / 0.1) / np.exp(learnability / 0.1).sum()
-        prompts = rng.multinomial(16, weights)
-        row = {"step": step, "critic/score/mean": float(weights @ truth + rng.normal(0, 0.05))}
-        for name, w, a, n, p in zip(names, weights, learnability, prompts, truth, strict=True):
-            row |= {f"curriculum/{name}/weight": w, f"curriculum/{name}/mean_abs_adv": a}
-            row |= {f"curriculum/{name}/n_prompts": float(n), f"curriculum/{name}/n_rollouts": 8.0 * n}
-            if n:
-                row |= {f"train/{name}/accuracy": rng.binomial(8 * n, p) / (8 * n), f"train/{name}/reward/mean": p}
-        row |= {
-            "actor/grad_norm": rng.lognormal(-0.5, 0.3),
-            "actor/kl_loss": 0.004 * step / n_steps + rng.uniform(0, 1e-3),
-        }
-        row |= {"response_length/mean": 150 + 60 * step / n_steps + rng.normal(0, 8)}
-        row |= {"response_length/clip_ratio": max(0.0, 0.2 - 0.2 * step / n_steps + rng.normal(0, 0.02))}
-        timing = {
-            "draw": 0.01,
-            "gen": 4.0,
-            "reward": 0.3,
-            "old_log_prob": 0.8,
-            "ref": 0.7,
-            "adv": 0.02,
-            "update_actor": 2.4,
-        }
-        row |= {f"timing_s/{phase}": seconds * rng.uniform(0.9, 1.2) for phase, seconds in timing.items()}
-        lines.append(row)
-        if step % 10 == 0:
-            validate(step)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    (log_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sample = {
-        "step": 10,
-        "source": "kk_logic_2",
-        "prompt": "Is <Zoey> a knight?",
-        "completion": "<answer> (1) Zoey is a knave",
-    }
-    (log_dir / "samples.jsonl").write_text(json.dumps({**sample, "reward": 1.0, "correct": True}) + "\n")
-
-
-@pytest.mark.parametrize(("n_sources", "n_steps"), [(2, 1), (12, 30)])
+@pytest.mark.parametrize(("n_sources", "n_steps"), [(2, 1), (12, 30), (100, 12)])
 def test_report_is_one_self_contained_page_and_one_picture(tmp_path, n_sources, n_steps):
     write_run(tmp_path / "kk", n_sources, n_steps)
     html_path, png_path = write_report(tmp_path / "kk")
@@ -136,7 +83,7 @@ def test_events_have_a_table_and_alarms_a_mark_on_the_weights(tmp_path):
     alarms = [{"step": s, "kind": "alarm", "source": "kk_logic_9", "message": "none <right>"} for s in (7, 29)]
     events = sorted([*dropped, *short, *alarms], key=lambda event: event["step"])
     page = _with_events(tmp_path / "kk", events)
-    table = re.search(r'<h2>Events</h2><table class="events">(.*?)</table>', page)
+    table = re.search(r'<h2>Events</h2>.*?<table class="text events">(.*?)</table>', page)
     assert table is not None
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in table[1].split("<tr>")[2:]]
     assert cells[0] == ["30", "short batch", "–", "12 of 16"]  # the latest first
@@ -167,6 +114,120 @@ def test_format_failures_have_a_column(tmp_path):
     lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in page.split("<h2>Sources</h2>")[1].split("<tr>")[1:4]]
     assert [line[-1] for line in lines] == ["format failures", "0.500", "–"]  # b was never drawn
     assert len({len(line) for line in lines}) == 1
+
+
+def test_more_sources_than_colours_become_rows_of_heat_maps(tmp_path):
+    write_run(tmp_path / "kk", 100, 12)
+    alarm = {"step": 7, "kind": "alarm", "source": "kk_logic_9", "message": "none right"}
+    write_jsonl(tmp_path / "kk" / "events.jsonl", [alarm])
+    run = read_run(tmp_path / "kk")
+    with matplotlib.rc_context(STYLE):
+        panels = {axes.get_title(loc="left"): axes for axes in draw_figure(run).axes}
+    for title, key in (("Source weights", "weight"), ("Prompts drawn", "n_prompts")):
+        (image,) = panels[title].get_images()
+        shown = np.ma.filled(image.get_array(), 0.0)
+        expected = np.array([run.series(f"curriculum/{source}/{key}") for source in run.sources])
+        np.testing.assert_array_equal(shown, expected)
+    (mark,) = panels["Source weights"].get_lines()
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([7], [run.sources.index("kk_logic_9")])
+    names = [label.get_text() for label in panels["Source weights"].get_yticklabels()]
+    assert names == run.sources[::3]  # as many as fit
+    page = write_report(tmp_path / "kk")[0].read_text()
+    assert page.count("<details>") == 100  # a completion of every source
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "events.jsonl"])
+def test_a_file_cut_at_any_byte_still_gives_its_report(tmp_path, name):
+    """As a killed run, a full disk or a crashed machine leave it: every cut of the last lines."""
+    write_run(tmp_path, 2, 4)
+    write_jsonl(
+        tmp_path / "events.jsonl", [{"step": s, "kind": "notice", "source": None, "message": "é"} for s in (1, 2)]
+    )
+    whole = read_run(tmp_path)
+    path, text = tmp_path / name, (tmp_path / name).read_bytes()
+    start = text.rindex(b"\n", 0, -1) + 1 if text.count(b"\n") > 1 else 0
+    for end in range(start, len(text) + 1, 7):
+        path.write_bytes(text[:end])
+        run = read_run(tmp_path)
+        assert run.cut == ([] if end in (start, len(text)) else [name])
+        assert len(run.steps) == 4 - (name == "metrics.jsonl" and end < len(text))
+    path.write_bytes(text[: start + 9] + bytes(512))  # blocks that were never written
+    assert read_run(tmp_path).cut == [name]
+    assert f"The last line of {name} is cut short" in write_report(tmp_path)[0].read_text()
+    path.write_bytes(text)
+    assert read_run(tmp_path) == whole
+
+
+def test_a_broken_line_inside_a_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        read_run(tmp_path)
+
+
+def test_settings_that_differ_from_the_defaults_are_listed_without_secrets(tmp_path):
+    write_run(tmp_path, 2, 3)
+    assert "Settings" not in write_report(tmp_path)[0].read_text()
+    (tmp_path / "config.yaml").write_text(
+        "trainer: {grpo: {max_steps: 7, samples_per_prompt: 8, curriculum: {sources: {name: sec, alpha: 0.3}}}}\n"
+        "model: {optim: {lr: 1e-6}, seed: 1234}\n"
+        "exp_manager: {explicit_log_dir: results/<a>, wandb_logger_kwargs: {settings: {api_key: s3cr3t}}}\n"
+    )
+    page = write_report(tmp_path)[0].read_text()
+    section = page.split("Settings that differ")[1].split("<h2>")[0]
+    assert [re.findall(r"<td>(.*?)</td>", row) for row in section.split("<tr>")[2:]] == [
+        ["exp_manager.explicit_log_dir", "&quot;results/&lt;a&gt;&quot;", "to be set"],
+        ["exp_manager.wandb_logger_kwargs.settings.api_key", "***", "–"],
+        ["trainer.grpo.curriculum.sources.alpha", "0.3", "–"],
+        ["trainer.grpo.curriculum.sources.name", "&quot;sec&quot;", "&quot;dump_ucb&quot;"],
+        ["trainer.grpo.max_steps", "7", "100"],
+    ]
+    assert "s3cr3t" not in page and "3 steps (1 to 3 of 7)" in page
+    (tmp_path / "config.yaml").write_text("trainer: {grpo: {max")  # cut short
+    assert "Settings" not in write_report(tmp_path)[0].read_text()
+
+
+def test_the_defaults_are_those_of_the_yaml():
+    """gpt_grpo.yaml, read by itself, differs in nothing but what it leaves to be set."""
+    text = (Path(__file__).parents[2] / "examples/conf/gpt_grpo.yaml").read_text()
+    base = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(base, dict)
+    assert [key for key, value, _ in changes(flatten(base)) if value != '"???"'] == []
+
+
+def test_long_completions_are_clipped_and_the_latest_come_first(tmp_path):
+    write_run(tmp_path, 2, 3)
+    rows = [{"step": s, "source": "kk_logic_2", **SAMPLE, "reason": "right"} for s in range(1, 9)]
+    rows.append({**rows[-1], "step": 9, "completion": "x" * 20_000, "correct": False, "reason": "no <answer>"})
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    page = write_report(tmp_path)[0].read_text()
+    heads = re.findall(r"<summary>(.*?)</summary>", page)
+    assert [int(re.findall(r"step (\d+)", head)[0]) for head in heads] == [9, 8, 7, 6]
+    assert "(no &lt;answer&gt;)" in heads[0] and "(right)" not in heads[1]
+    assert "x" * 8001 not in page and "12,000 more characters" in page
+
+
+def test_watching_a_run_until_its_last_step(tmp_path):
+    """The page refreshes itself while the run goes on, and no more when it is done."""
+    write_run(tmp_path / "whole", 2, 3)
+    (tmp_path / "kk").mkdir()
+    (tmp_path / "kk/config.yaml").write_text("trainer: {grpo: {max_steps: 3}}")
+    *rows, last = (tmp_path / "whole/metrics.jsonl").read_text().splitlines(keepends=True)
+    command = [sys.executable, "-m", "megatron_dump.report", "kk", "--watch", "0.2"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "watching kk" in process.stdout.readline()  # there is no step yet
+            (tmp_path / "kk/metrics.jsonl").write_text("".join(rows) + last[:20])
+            assert process.stdout.readline() == "open kk/report.html\n"
+            page = (tmp_path / "kk/report.html").read_text()
+            assert "location.reload()" in page and "2 steps (1 to 2 of 3)" in page
+            (tmp_path / "kk/metrics.jsonl").write_text("".join([*rows, last]))
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+    page = (tmp_path / "kk/report.html").read_text()
+    assert "<script>" not in page and "refresh" not in page and "3 steps (1 to 3 of 3)" in page
+    assert sorted(path.name for path in (tmp_path / "kk").iterdir() if path.name.startswith(".")) == []
 
 
 def test_errors_are_one_clear_line(tmp_path):

@@ -1,0 +1,1 @@
+"""What tools/compare_runs.py is made of."""

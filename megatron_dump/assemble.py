@@ -112,6 +112,7 @@ def build_trainer(
             grpo.max_steps,
             grpo.save_interval,
             stopping or make_stopping(config, grid.rank),
+            grpo.max_generated_tokens,
             *monitored(config),
             leads=grid.rank == 0,
         ),

@@ -35,11 +35,6 @@ def ends_at_start(
     return Outcome("ended", max(saved, default=0), max_steps, stopping.why(asked)) if asked.stop else None
 
 
-def due(step: int, interval: int, last: int) -> bool:
-    """Every `interval` steps and at the end; never for 0."""
-    return interval > 0 and (step % interval == 0 or step == last)
-
-
 @dataclasses.dataclass
 class Course:
     """Its methods are collectives: of six numbers a rank once a step, and once more where a checkpoint is due."""
@@ -50,10 +45,12 @@ class Course:
     max_steps: int
     save_interval: int
     stopping: Stopping = dataclasses.field(default_factory=Stopping)
+    max_generated_tokens: int | None = None
     monitor_best: str | None = None  # the metric that decides which checkpoints are the best
     monitor_end: str | None = None  # the metric of stopping.early, on every rank
     leads: bool = True  # rank 0: its metrics are complete
     saved: int = 0  # the step that the latest checkpoint holds, and the run would go on from
+    generated_tokens: int = 0  # by all ranks, in all steps so far
     _ended_by: Asked | None = None
     _metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step's training
     _validation: dict[str, float] = dataclasses.field(default_factory=dict)  # and of its validation
@@ -61,7 +58,7 @@ class Course:
     def goes_on(self, step: int, state: State) -> bool:
         """Whether to take another step after `step` of them; first the checkpoint that is asked for."""
         asked = agreed(self.stopping, self.checkpoints.longest_save_s, self.device)
-        is_last = step >= self.max_steps
+        is_last = self.is_last(step)
         # A run that is over saves where it saves at all; one that is interrupted saves in any case.
         to_be_saved = asked.ends and not is_last and (self.save_interval > 0 or not asked.early)
         if step > 0 and (asked.save or to_be_saved):
@@ -78,6 +75,15 @@ class Course:
             self._metrics, self._validation = {}, {}
         self.stopping.step_begins()
         return not is_last
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run is complete after `step` steps."""
+        tokens = self.max_generated_tokens
+        return step >= self.max_steps or (tokens is not None and self.generated_tokens >= tokens)
+
+    def due(self, step: int, interval: int) -> bool:
+        """Every `interval` steps and at the end; never for 0."""
+        return interval > 0 and (step % interval == 0 or self.is_last(step))
 
     def measured(self, step: int, metrics: Mapping[str, float], validation: bool = False) -> None:
         """What a step, or its validation, has found. RuntimeError on every rank when it lacks a monitored metric."""
@@ -102,7 +108,7 @@ class Course:
 
     def resume(self, step: int, state: Mapping[str, Any]) -> int:
         """Go on from a checkpoint and its `state`; the step."""
-        self.saved = step
+        self.saved, self.generated_tokens = step, state["generated_tokens"]
         if self.stopping.early is not None and state.get("early_stopping") is not None:
             self.stopping.early.load_state_dict(state["early_stopping"])
         return step
@@ -111,7 +117,7 @@ class Course:
         """Step, log and validation are over: a checkpoint if one is due."""
         self.stopping.step_ends()
         self.checkpoints.poll()
-        if due(step, self.save_interval, self.max_steps):
+        if self.due(step, self.save_interval):
             self._save(agreed(self.stopping, self.checkpoints.longest_save_s, self.device), step, state)
 
     def end(self, step: int) -> Outcome:
@@ -123,7 +129,8 @@ class Course:
             return Outcome(state, step, self.max_steps, self.stopping.why(self._ended_by))
         if self.save_interval > 0 and self.saved < step:
             return Outcome("stopped", step, self.max_steps, "no time was left for the last checkpoint")
-        return Outcome("finished", step, self.max_steps)
+        limit = f"trainer.grpo.max_generated_tokens={self.max_generated_tokens} reached"
+        return Outcome("finished", step, self.max_steps, "" if step >= self.max_steps else limit)
 
     def _save(self, asked: Asked, step: int, state: State) -> None:
         """Unless there is one of this step, or no time."""
@@ -133,7 +140,7 @@ class Course:
             self._tell(step, f"no time is left for a checkpoint of step {step}; the last one is of step {self.saved}")
             return
         early = self.stopping.early
-        own = {"metrics": self._metrics, "validation": self._validation}
+        own = {"metrics": self._metrics, "validation": self._validation, "generated_tokens": self.generated_tokens}
         self.checkpoints.save(step, {**state(), **own, "early_stopping": early.state_dict() if early else None})
         self.saved = step
 

@@ -14,7 +14,7 @@ from megatron_dump import evaluate, events
 from megatron_dump.batches import UpdateShare, update_shares
 from megatron_dump.collect import Begun, Collector, Rollouts, sample_rows
 from megatron_dump.config import GRPOConfig, refuse_changes
-from megatron_dump.course import Course, due
+from megatron_dump.course import Course
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, agree, all_gather_array, broadcast_array, fail_together
@@ -60,7 +60,7 @@ class GRPOTrainer:
     cluster: Closing | None = None  # that engines or reward workers run on
 
     def fit(self) -> Outcome:
-        """Train up to `trainer.grpo.max_steps`, or until asked to stop."""
+        """Train up to `trainer.grpo.max_steps` (or max_generated_tokens), or until asked to stop."""
         self.monitor.log_events(events.notices(self.step, [self.actor.memory_report(), *filter(None, [self.notice])]))
         self.engines.push(self.actor.version)
         # What a resumed run had drawn and not yet learned from: no prompt is lost, none comes twice.
@@ -81,7 +81,7 @@ class GRPOTrainer:
                     self.engines.push(self.actor.version)
             self.step += 1
             self.log(watch, metrics, rollouts)
-            if due(self.step, self.config.val_check_interval, self.config.max_steps):
+            if self.course.due(self.step, self.config.val_check_interval):
                 self.validate()
             self.course.step_done(self.step, self.state)
         return self.course.end(self.step)
@@ -174,6 +174,8 @@ class GRPOTrainer:
         counts = count_loops(rollouts.completions)
         loops = all_gather_array(counts, self.replica.group, self.replica.device).sum(axis=0)
         prompt_tokens = sum(len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids)
+        generated_tokens = int(outcomes.lengths.sum()) + rollouts.tokens_before
+        self.course.generated_tokens += generated_tokens
         metrics = {
             **step_metrics(outcomes, sources, self.max_length),
             **metrics,
@@ -184,7 +186,7 @@ class GRPOTrainer:
             **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
             **rollout_metrics(loops, float(outcomes.lengths.sum()), watch.seconds["gen"], self.replica.world_size),
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
-            "perf/generated_tokens": float(outcomes.lengths.sum() + rollouts.tokens_before),
+            "perf/generated_tokens": float(generated_tokens),
         }  # fmt: skip
         self.monitor.log_step(self.step, metrics)
         self.course.measured(self.step, metrics)

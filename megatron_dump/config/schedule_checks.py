@@ -10,6 +10,10 @@ def check_length(config: Config) -> None:
     grpo = config.trainer.grpo
     if grpo.max_epochs is not None and grpo.max_epochs <= 0:
         raise ConfigError(f"trainer.grpo.max_epochs={grpo.max_epochs}: must be above 0, or null for no bound")
+    if grpo.max_generated_tokens is not None and grpo.max_generated_tokens <= 0:
+        raise ConfigError(
+            f"trainer.grpo.max_generated_tokens={grpo.max_generated_tokens}: must be above 0, or null for no bound"
+        )
     if grpo.max_steps == -1 and grpo.max_epochs is None:
         raise ConfigError("trainer.grpo.max_steps=-1: all of trainer.grpo.max_epochs, which is null; set one of them")
     if grpo.max_steps != -1:

@@ -36,6 +36,7 @@ class CurriculumConfig:
 class GRPOConfig:
     max_steps: int = 100
     max_epochs: int | None = None
+    max_generated_tokens: int | None = None
     num_prompts_per_grpo_step: int = 16
     samples_per_prompt: int = 8
     max_staleness: int = 0

@@ -118,6 +118,22 @@ def test_generation_ahead_stops_and_loses_nothing(data, tmp_path):
     assert verify(read_log(tmp_path / "parts" / "curriculum.jsonl")) == STEPS
 
 
+def test_a_run_ends_with_the_step_that_spends_its_tokens(data, tmp_path):
+    """What it has spent is in the checkpoint: with a larger budget the run goes on, and ends by the sum."""
+    settings = {
+        "trainer.grpo.val_check_interval": 50, "trainer.grpo.save_interval": 50, "trainer.grpo.max_steps": 50,
+        "model.data.validation_files": f"[{data / 'test.parquet'}]",
+    }  # fmt: skip
+    budget = "trainer.grpo.max_generated_tokens"
+    first = lives(2, data, tmp_path, **settings, **{budget: 1})
+    assert {(o.state, o.step, o.reason) for o, *_ in first} == {("finished", 1, f"{budget}=1 reached")}
+    [spent] = [row["perf/generated_tokens"] for row in rows(tmp_path) if "perf/generated_tokens" in row]
+    again = lives(2, data, tmp_path, **settings, **{budget: int(spent) + 1})
+    assert {(o.state, o.step) for o, *_ in again} == {("finished", 2)}
+    assert checkpoints(tmp_path) == ["step_1", "step_2"]
+    assert [row["step"] for row in rows(tmp_path) if "val/kk_logic_2/accuracy" in row] == [0, 1, 2]
+
+
 def slow(text: str, ground_truth: str) -> Score:
     time.sleep(0.1)
     return Score(float(len(text) % 2), False, True, "", {})

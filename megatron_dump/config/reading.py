@@ -46,7 +46,8 @@ def load(raw: DictConfig) -> Config:
 _FREE_ON_RESUME = (  # how far, how fast and where a run goes; not what it computes
     "trainer.num_nodes trainer.devices trainer.accelerator trainer.collective_timeout_s trainer.grpo.max_steps "
     "trainer.grpo.max_epochs trainer.grpo.max_generated_tokens trainer.grpo.greedy_on_validation "
-    "trainer.grpo.val_num_prompts_per_grpo_step trainer.grpo.val_check_interval trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
+    "trainer.grpo.val_num_prompts_per_grpo_step trainer.grpo.val_check_interval "
+    "trainer.grpo.val_samples_per_prompt trainer.grpo.save_interval "
     "trainer.grpo.run_validation_step_0 trainer.grpo.inference_backend trainer.grpo.curriculum "
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.virtual_pipeline_model_parallel_size "
     "model.context_parallel_size model.expert_model_parallel_size model.expert_tensor_parallel_size "

@@ -1,0 +1,84 @@
+"""The benchmark in one picture: curves, tokens to the baseline's accuracy, sources at the end."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from run_comparison.intervals import band
+
+from convergence_bench.arms import BASELINE
+from convergence_bench.results import Results
+
+
+def draw(results: Results) -> Figure:
+    figure = Figure(figsize=(12.5, 8.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 0.9))
+    left, right = top.subplots(1, 2, width_ratios=(1.25, 1.0))
+    _learning(left, results)
+    _tokens(right, results)
+    columns = min(len(results.sources), 6)
+    for k, axes in enumerate(np.ravel(bottom.subplots(-(-len(results.sources) // columns), columns, squeeze=False))):
+        if k < len(results.sources):
+            _source(axes, results, k, named=k % columns == 0)
+        else:
+            axes.set_axis_off()
+    return figure
+
+
+def colour(results: Results, arm: str) -> tuple[float, ...] | str:
+    return "#555555" if arm == BASELINE else matplotlib.colormaps["tab10"](results.arms.index(arm) % 10)
+
+
+def _learning(axes: Axes, results: Results) -> None:
+    """Mean curves; the baseline's and the best arm's bands alone: nine would hide each other."""
+    best = max(results.arms, key=lambda arm: results.final(arm).mean)
+    for arm in results.arms:
+        mean, half = band(results.mean(arm))
+        width = 2.6 if arm in (BASELINE, best) else 1.4
+        axes.plot(results.grid, mean, color=colour(results, arm), linewidth=width, label=arm)
+        if arm in (BASELINE, best) and np.isfinite(half).all():
+            axes.fill_between(results.grid, mean - half, mean + half, color=colour(results, arm), alpha=0.18, lw=0)
+    axes.axhline(results.final(BASELINE).mean, color="#555555", linestyle=":", linewidth=1)
+    axes.set(title="Test accuracy, mean over sources", xlabel="generated tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:.0f}k"))
+    axes.legend(loc="lower right", ncols=2)
+
+
+def _tokens(axes: Axes, results: Results) -> None:
+    """Tokens to the baseline's last accuracy as a share of the baseline's, with intervals."""
+    limit = 0.0
+    for row, arm in enumerate(reversed(results.arms)):
+        spent = results.spent[arm][BASELINE]
+        end = results.grid[-1] / results.spent[BASELINE]["tokens"].value
+        value, low, high = (min(v, end) if not math.isnan(v) else end for v in (spent.value, spent.low, spent.high))
+        never = math.isinf(spent.value)
+        axes.plot([low, high], [row, row], color=colour(results, arm), linewidth=3, alpha=0.45, solid_capstyle="butt")
+        axes.plot(value, row, ">" if never else "o", color=colour(results, arm), markersize=8)
+        limit = max(limit, end, high)
+    axes.axvline(1.0, color="#555555", linestyle=":", linewidth=1)
+    axes.set(
+        title=f"Tokens to {BASELINE}'s last accuracy\n(share of {BASELINE}'s; ▸: not within the budget)",
+        xlim=(0, limit * 1.05), yticks=range(len(results.arms)), yticklabels=list(reversed(results.arms)),
+    )  # fmt: skip
+    axes.grid(axis="y", visible=False)
+
+
+def _source(axes: Axes, results: Results, k: int, named: bool) -> None:
+    """A source's accuracy at the end; the line is the baseline's, the cross the start."""
+    axes.axvline(results.of_source(BASELINE, k)[0].mean, color="#555555", linestyle=":", linewidth=1)
+    for row, arm in enumerate(reversed(results.arms)):
+        value = results.of_source(arm, k)[0]
+        if math.isfinite(value.half):
+            low, high = max(value.mean - value.half, 0.0), value.mean + value.half
+            axes.plot([low, high], [row, row], color=colour(results, arm), linewidth=2.5, alpha=0.4)
+        axes.plot(value.mean, row, "o", color=colour(results, arm), markersize=6)
+        axes.plot(results.accuracy[arm][:, 0, k].mean(), row, "x", color="#999999", markersize=5)
+    axes.set(title=results.sources[k], yticks=range(len(results.arms)))
+    axes.set_yticklabels(list(reversed(results.arms)) if named else [])
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)

@@ -146,7 +146,7 @@ def train(raw: DictConfig, config: Config, stop_signal: StopSignal) -> int:
     except (ValueError, OSError) as error:
         return refuse(error, manager.outcome_file)
     if rank() == 0:
-        OmegaConf.save(raw, log_dir / "config.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(schema.recorded(raw)), log_dir / "config.yaml")
     outcome = trainer.fit()
     trainer.close()
     if rank() == 0:

@@ -29,9 +29,11 @@ from megatron_dump.config.schema import (
     SchedConfig,
     TrainerConfig,
 )
+from megatron_dump.config.secrets import HIDDEN, is_secret, recorded
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
+    "HIDDEN",
     "KL_PENALTY_TYPES",
     "LOSS_AGG_MODES",
     "LOSS_MODES",
@@ -60,9 +62,11 @@ __all__ = [
     "bound_steps",
     "check_budget",
     "check_world",
+    "is_secret",
     "known_keys",
     "lasting",
     "load",
+    "recorded",
     "refuse_changes",
     "seconds_of",
     "unknown_key",

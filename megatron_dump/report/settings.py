@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_dump.config import Config
-
-SECRET = re.compile(r"(api_?key|access_?key|secret|password|passwd|credential|token)s?$", re.IGNORECASE)
+from megatron_dump.config import HIDDEN, Config, is_secret
 
 
 def read_settings(log_dir: Path) -> dict[str, Any] | None:
@@ -44,7 +41,7 @@ def changes(settings: dict[str, Any]) -> list[tuple[str, str, str]]:
         value, default = settings.get(key), defaults.get(key)
         if key not in settings or (key in defaults and value == default):  # an older run has fewer keys
             continue
-        shown = "***" if SECRET.search(key) and isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        shown = HIDDEN if is_secret(key, value) else json.dumps(value, ensure_ascii=False)
         usual = json.dumps(default, ensure_ascii=False) if key in defaults else "–"
         rows.append((key, shown, "to be set" if default == "???" else usual))
     return rows

@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo test test-vllm test-integrations test-slurm soak slurm lint clean
+.PHONY: venv data demo test test-vllm test-integrations test-slurm soak slurm chromium lint clean
 
 venv: $(VENV)/.installed
 
@@ -61,6 +61,11 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev iproute2 proc
 slurm:
 	@dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1 || { \
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); }
+
+# the browser that tests/unit/test_report_in_browser.py looks at pages with
+chromium:
+	@command -v chromium >/dev/null || { \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; }
 
 # The Ray variant needs vLLM's environment.
 test-slurm: venv $(VENV_VLLM)/.installed slurm

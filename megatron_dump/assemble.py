@@ -74,7 +74,7 @@ def build_trainer(
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
     advantages = {"normalize_rewards": grpo.normalize_rewards, "advantage_estimator": grpo.advantage_estimator}
     reward_kl = KLInReward(grpo.initial_policy_kl_penalty, grpo.kl_penalty_type, **advantages)
-    monitor = Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(manager))
+    monitor = Monitor(log_dir, curriculum.sources, grpo.max_steps, grid.rank, vars(manager), grpo.max_generated_tokens)
     return GRPOTrainer(
         config=grpo,
         settings=schema.lasting(config),

@@ -26,31 +26,34 @@ HEADLINE = (  # label, metric key, format
 )  # fmt: skip
 PLAIN_TABLE_EVERY = 5  # steps between two tables when the output is a file
 PLAIN_ROWS = 24  # sources of such a table
+TOKENS = "perf/generated_tokens"
 LIVE_LINES = 9  # of the live view that are no sources
 
 
 class Screen:
     """A live view on a terminal; plain lines and tables in a file."""
 
-    def __init__(self, sources: list[str], max_steps: int) -> None:
+    def __init__(self, sources: list[str], max_steps: int, max_generated_tokens: int | None = None) -> None:
         self._sources = sorted(sources, key=natural_key)
-        self._max_steps = max_steps
+        self._max_steps, self._max_tokens = max_steps, max_generated_tokens
         plain = {"width": 110, "force_terminal": False, "color_system": None, "highlight": False}
         self._console = Console() if sys.stdout.isatty() else Console(**plain)
         self.live = Live(console=self._console, auto_refresh=False)  # drawn by steps alone: no thread beside forks
         self._seconds: list[float] = []  # of the latest steps, for the ETA
+        self._tokens: list[float] = []  # generated in them
         self.restore([], [])
 
     def restore(self, rows: list[dict[str, Any]], validations: list[dict[str, Any]]) -> None:
         """Totals and validations as the earlier part of the run left them."""
-        self._totals = dict.fromkeys(self._sources, 0)
+        self._totals, self._spent = dict.fromkeys(self._sources, 0), 0.0
         for row in rows:
-            self._add_draws(row)
+            self._add(row)
         self._validations = [(row["step"], row["pass_rates"]) for row in validations]
 
     def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._add_draws(metrics)
+        self._add(metrics)
         self._seconds = [*self._seconds[-19:], metrics.get("timing_s/step", math.nan)]
+        self._tokens = [*self._tokens[-19:], metrics.get(TOKENS, math.nan)]
         metrics = {**metrics, "train/accuracy": overall_accuracy(self._sources, metrics)}
         values = "  ".join(f"{label} {format_number(metrics.get(key), spec)}" for label, key, spec in HEADLINE)
         phases = " · ".join(f"{p} {metrics[f'timing_s/{p}']:.1f}" for p in PHASES if f"timing_s/{p}" in metrics)
@@ -82,13 +85,17 @@ class Screen:
             line = Text(f"{word} at step {event['step']}: {source}{message}", style="yellow" * (word == "warning"))
             self._console.print(line, soft_wrap=True)
 
-    def _add_draws(self, metrics: Mapping[str, float]) -> None:
+    def _add(self, metrics: Mapping[str, float]) -> None:
+        self._spent += metrics.get(TOKENS, 0.0)
         for source in self._sources:
             self._totals[source] += int(metrics.get(f"curriculum/{source}/n_prompts", 0))
 
     def _time_left(self, step: int) -> str:
         """By the mean of the latest steps; validations and checkpoints come on top."""
-        left = (self._max_steps - step) * sum(self._seconds) / len(self._seconds)
+        steps = self._max_steps - step
+        if self._max_tokens is not None:
+            steps = min(steps, max(self._max_tokens - self._spent, 0) / fmean(self._tokens))
+        left = steps * fmean(self._seconds)
         return str(datetime.timedelta(seconds=round(left))) if math.isfinite(left) else "–"
 
     def _table(self, metrics: Mapping[str, float], rows: int) -> Table:

@@ -24,7 +24,13 @@ class Monitor:
     """
 
     def __init__(
-        self, log_dir: str | Path, sources: list[str], max_steps: int, rank: int, exp_manager: Mapping[str, Any]
+        self,
+        log_dir: str | Path,
+        sources: list[str],
+        max_steps: int,
+        rank: int,
+        exp_manager: Mapping[str, Any],
+        max_generated_tokens: int | None = None,
     ) -> None:
         self._active, self._closed = rank == 0, False
         self._trackers: list[Tracker] = []
@@ -32,7 +38,7 @@ class Monitor:
             return
         self.path = Path(log_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._screen = Screen(sources, max_steps)
+        self._screen = Screen(sources, max_steps, max_generated_tokens)
         if exp_manager.get("create_tensorboard_logger", False):
             self._trackers.append(TensorBoard(self.path.parent))
         if exp_manager.get("create_wandb_logger", False):

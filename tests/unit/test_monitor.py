@@ -113,6 +113,16 @@ def test_plain_output_has_a_line_a_step_and_a_table_every_five_and_at_the_end(tm
     assert undrawn.split() == ["kk_logic_10", "0.333", "███", "0", "0", "–", "–", "0.125"]
 
 
+def test_the_time_left_counts_the_tokens_left_over_a_resume(tmp_path, capsys):
+    for step in (1, 2):  # 100 of 1,000 tokens in 6 s each: 8 more steps, then the same from where a resume found it
+        monitor = Monitor(tmp_path, SOURCES, 500, 0, {}, max_generated_tokens=1000)
+        monitor.log_step(step, {**step_metrics(), "perf/generated_tokens": 100.0})
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step"))
+    assert first.endswith("ETA 0:00:54") and second.endswith("ETA 0:00:48")
+    Monitor(tmp_path, SOURCES, 5, 0, {}, max_generated_tokens=1000).log_step(3, step_metrics())
+    assert "ETA 0:00:12" in capsys.readouterr().out
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

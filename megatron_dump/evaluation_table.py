@@ -17,9 +17,8 @@ LEFT_OUT = ("prompts", "samples", "pass_rates", "finished")
 
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print evaluation.evaluate_policy's result: colours and boxes on a terminal, plain lines elsewhere."""
-    if console is None:
-        plain = {"width": 110, "force_terminal": False, "color_system": None, "highlight": False}
-        console = Console() if sys.stdout.isatty() else Console(**plain)
+    plain = {"width": 110, "force_terminal": False, "color_system": None, "highlight": False}
+    console = console or (Console() if sys.stdout.isatty() else Console(**plain))
     confidence = result["settings"]["confidence"]
     for name, file in result["files"].items():
         for mode, table in file["modes"].items():

@@ -57,6 +57,7 @@ def test_the_documented_defaults_are_the_defaults():
         ("trainer.grpo.max_steps=0", "trainer.grpo.max_steps=0: must be above 0, or -1"),
         ("trainer.grpo.max_steps=-1", "trainer.grpo.max_steps=-1: all of trainer.grpo.max_epochs, which is null"),
         ("trainer.grpo.max_epochs=0", "trainer.grpo.max_epochs=0: must be above 0, or null"),
+        ("trainer.grpo.max_generated_tokens=0", "trainer.grpo.max_generated_tokens=0: must be above 0, or null"),
         ("trainer.accelerator=tpu", "trainer.accelerator=tpu: known are auto, gpu, cpu"),
         ("trainer.grpo.greedy_on_validation=true", "trainer.grpo.val_samples_per_prompt=4: greedily decoded"),
         ("trainer.grpo.val_num_prompts_per_grpo_step=0", "trainer.grpo.val_num_prompts_per_grpo_step=0: must be"),

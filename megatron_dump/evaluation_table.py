@@ -18,13 +18,13 @@ LEFT_OUT = ("prompts", "samples", "pass_rates", "finished")
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print evaluation.evaluate_policy's result: colours and boxes on a terminal, plain lines elsewhere."""
     plain = {"width": 110, "force_terminal": False, "color_system": None, "highlight": False}
-    console = console or (Console() if sys.stdout.isatty() else Console(**plain))
+    screen = console or (Console() if sys.stdout.isatty() else Console(**plain))
     confidence = result["settings"]["confidence"]
     for name, file in result["files"].items():
         for mode, table in file["modes"].items():
-            console.print(Text(f"{name}, {mode}, with {confidence:.0%} intervals over prompts"), soft_wrap=True)
+            screen.print(Text(f"{name}, {mode}, with {confidence:.0%} intervals over prompts"), soft_wrap=True)
             rows = [(source, table["sources"][source]) for source in sorted(table["sources"], key=_natural_key)]
-            console.print(_table([*rows, ("mean", table["mean"])], console.width))
+            screen.print(_table([*rows, ("mean", table["mean"])], screen.width))
 
 
 def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int) -> Table:

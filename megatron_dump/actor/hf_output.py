@@ -46,7 +46,11 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what is held."""
         if self._held:
-            save_file(self._held, self.folder / shard_name(self.stem, self.n_files), metadata={"format": "pt"})
+            path = self.folder / shard_name(self.stem, self.n_files)
+            path.touch()
+            mode = path.stat().st_mode  # the umask's: safetensors makes files that nobody else may read
+            save_file(self._held, path, metadata={"format": "pt"})
+            path.chmod(mode)
             self.n_files += 1
         self._held, self._bytes = {}, 0
 

@@ -88,6 +88,7 @@ def test_round_trip_is_byte_equal(folders, tmp_path, family, there, back):
         assert (out / name).read_bytes() == (original / name).read_bytes()
     if back == "one" and (original / "model.safetensors").exists():
         assert (out / "model.safetensors").read_bytes() == (original / "model.safetensors").read_bytes()
+        assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert TOOL.main(["check", str(original), str(out)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
 

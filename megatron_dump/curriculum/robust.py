@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dump.curriculum.bandits import Learner, confidence_bounds
+from megatron_dump.curriculum.costs import RolloutCosts
 from megatron_dump.curriculum.estimators import (
     LARGEST,
     LearnabilityEstimator,
@@ -28,6 +29,8 @@ class DumpUCBRobust(Learner):
       `auto` takes the posterior where rewards are right or wrong: while a source has shown two values at the most.
     - n_d counts prompts, and each step multiplies it by `discount`: exploration does not die, and a source that was
       dull long ago is tried again. UCB_d = L_d + exploration * sqrt(2 ln(n_total + 1) / (n_d + 1)).
+    - `cost_exponent` above 0: UCB_d is multiplied by (mean length of all sources' rollouts / its own)^cost_exponent; at
+      1 it is what a generated token teaches, not what a rollout does.
     - P = (1 - epsilon) softmax(UCB / temperature) + epsilon base, base being uniform or proportional to size.
     """
 
@@ -42,12 +45,14 @@ class DumpUCBRobust(Learner):
         epsilon: float = 0.05,
         base: str = "uniform",
         learnability: str = "auto",
+        cost_exponent: float = 0.0,
     ):
         check_number("sources.window", window, 1, whole=True)
         check_number("sources.discount", discount, 0, 1)
         check_number("sources.exploration", exploration, 0)
         check_number("sources.temperature", temperature, 1e-6)
         check_number("sources.epsilon", epsilon, 0, 1)
+        check_number("sources.cost_exponent", cost_exponent, 0)
         check_choice("sources.base", base, ("uniform", "proportional"))
         check_choice("sources.learnability", learnability, ("auto", "advantage", "posterior"))
         super().__init__(setting)
@@ -56,6 +61,7 @@ class DumpUCBRobust(Learner):
         self._discount, self._exploration, self._temperature = discount, exploration, temperature
         self._estimator = LearnabilityEstimator(self.n_sources, window)
         self._pass_rate = PassRateEstimator(self.n_sources)
+        self._cost_exponent, self._costs = cost_exponent, RolloutCosts(self.n_sources, window)
         self._n_prompts = np.zeros(self.n_sources)  # discounted
         self._n_dropped = np.zeros(self.n_sources, np.int64)  # rollouts without a finite reward and advantage
         self._low, self._high = np.zeros(self.n_sources), np.zeros(self.n_sources)  # of the rewards, where _rewarded
@@ -63,8 +69,17 @@ class DumpUCBRobust(Learner):
         self._graded = np.zeros(self.n_sources, bool)  # more than two different rewards seen
 
     def weights(self, step: int) -> np.ndarray:
-        ucb, _ = confidence_bounds(self._estimator.mean(), self._n_prompts, self._exploration)
+        ucb, _ = self._bounds()
         return (1.0 - self._epsilon) * softmax(ucb, self._temperature) + self._epsilon * self._base
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """UCB and the bonus in it, float64 [K] each."""
+        ucb, bonus = confidence_bounds(self._estimator.mean(), self._n_prompts, self._exploration)
+        if self._cost_exponent == 0:
+            return ucb, bonus
+        cheapness = self._costs.cheapness(self._cost_exponent)
+        with np.errstate(over="ignore"):
+            return np.minimum(ucb * cheapness, LARGEST), np.minimum(bonus * cheapness, LARGEST)
 
     def drawn(self, source_ids: np.ndarray, rollouts: np.ndarray) -> None:
         self._n_prompts += np.bincount(source_ids, minlength=self.n_sources)
@@ -84,6 +99,9 @@ class DumpUCBRobust(Learner):
         np.maximum.at(age, group, outcomes.ages[usable])  # as old as its oldest rollout
         value = self._judge(source, group, size, correct, np.abs(outcomes.advantages[usable]))
         self._estimator.observe(source, value, age, self._latest_step, ids)
+        if self._cost_exponent > 0:
+            lengths = np.bincount(group, outcomes.lengths[usable]) / size
+            self._costs.observe(source, lengths, age, self._latest_step, ids)
         self._pass_rate.observe(sources, correct, step=outcomes.step)
 
     def _see_rewards(self, sources: np.ndarray, rewards: np.ndarray) -> None:
@@ -121,6 +139,7 @@ class DumpUCBRobust(Learner):
             **super().state_dict(),
             **self._estimator.state_dict(),
             **self._pass_rate.state_dict(),
+            **(self._costs.state_dict() if self._cost_exponent > 0 else {}),
             **{name: getattr(self, f"_{name}").copy() for name in _ROBUST_STATE},
         }
 
@@ -128,12 +147,13 @@ class DumpUCBRobust(Learner):
         super().load_state_dict(state)
         self._estimator.load_state_dict(state)
         self._pass_rate.load_state_dict(state)
+        if self._cost_exponent > 0:
+            self._costs.load_state_dict(state)
         for name in _ROBUST_STATE:
             setattr(self, f"_{name}", np.array(state[name], getattr(self, f"_{name}").dtype))
 
     def metrics(self) -> dict[str, np.ndarray]:
-        mean = self._estimator.mean()
-        ucb, bonus = confidence_bounds(mean, self._n_prompts, self._exploration)
+        mean, (ucb, bonus) = self._estimator.mean(), self._bounds()
         n_dropped = self._n_dropped.astype(np.float64)
         return {"ucb": ucb, "learnability": mean, "bonus": bonus, "n_dropped": n_dropped}
 

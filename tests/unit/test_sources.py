@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -144,6 +145,23 @@ def test_dump_ucb_robust_by_hand():
     learnability[1] = (second + 0.45) / 2
     np.testing.assert_allclose(policy.weights(3), weights(learnability, [0.25, 0.875]), atol=1e-12)
     assert policy.metrics()["n_dropped"].tolist() == [0, 1]
+
+
+def test_dump_ucb_robust_counts_what_a_token_teaches_by_hand():
+    """Prompts of 10 and 30 tokens a rollout in source a, of 60 in b; c is not seen, and costs what all do."""
+    options = {"exploration": 0.5, "temperature": 0.2, "epsilon": 0.0, "discount": 1.0, "learnability": "advantage"}
+    setting, policies = SourceSetting(("a", "b", "c"), (5, 5, 5)), {}
+    for exponent in (0.0, 1.0, 0.5):
+        policies[exponent] = make({"name": "dump_ucb_robust", **options, "cost_exponent": exponent}, setting)
+        draw(policies[exponent], [0, 0, 1], rollouts=2)
+        told = outcomes(0, [0, 0, 0, 0, 1, 1], [1, -1, 0.5, -0.5, 0.5, -0.5], [0, 0, 1, 1, 2, 2])
+        policies[exponent].observe(dataclasses.replace(told, lengths=np.array([5, 15, 20, 40, 50, 70])))
+    bonus = [0.5 * math.sqrt(2 * math.log(4) / (n + 1)) for n in (2, 1, 0)]
+    ucb = np.array([0.75 + bonus[0], 0.5 + bonus[1], bonus[2]])
+    for exponent, policy in policies.items():
+        cheap = np.array([40 / 20, 40 / 60, 1.0]) ** exponent
+        np.testing.assert_allclose(policy.weights(1), softmax(list(ucb * cheap), 0.2), atol=1e-12)
+        np.testing.assert_allclose(policy.metrics()["ucb"], ucb * cheap, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ single policies

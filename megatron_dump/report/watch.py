@@ -44,15 +44,19 @@ def _has_steps(log_dir: Path) -> bool:
 
 
 def _is_finished(log_dir: Path) -> bool:
-    """Whether the last step that config.yaml asks for is done, and a validation of it where there are any."""
-    settings, path = read_settings(log_dir), log_dir / "metrics.jsonl"
-    last = (settings or {}).get("trainer.grpo.max_steps")
-    if not isinstance(last, int) or last < 1 or not path.exists():
+    """Whether what config.yaml asks for, steps or tokens, is done, and a validation of it where there are any."""
+    settings, path = read_settings(log_dir) or {}, log_dir / "metrics.jsonl"
+    if not path.exists():
         return False
     rows = read_jsonl(path)
-    validates = (settings or {}).get("trainer.grpo.val_check_interval", 0) and any(not _is_step(row) for row in rows)
-    steps = [row["step"] for row in rows if _is_step(row) != bool(validates)]
-    return max(steps, default=0) >= last
+    steps = {row["step"]: row.get("perf/generated_tokens", 0.0) for row in rows if _is_step(row)}
+    done = max(steps, default=0)
+    max_steps, max_tokens = (settings.get(f"trainer.grpo.max_{what}") for what in ("steps", "generated_tokens"))
+    by_steps = isinstance(max_steps, int) and 0 < max_steps <= done
+    by_tokens = isinstance(max_tokens, int) and 0 < max_tokens <= sum(steps.values())
+    tested = [row["step"] for row in rows if not _is_step(row)]
+    validates = settings.get("trainer.grpo.val_check_interval", 0) and tested
+    return (by_steps or by_tokens) and (not validates or max(tested) >= done)
 
 
 def _is_step(row: dict) -> bool:

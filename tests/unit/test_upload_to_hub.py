@@ -192,6 +192,7 @@ def test_the_card_has_configuration_data_and_results(model, tmp_path):
     config = OmegaConf.to_container(OmegaConf.structured(Config))
     config["trainer"]["grpo"]["samples_per_prompt"] = 16
     config["model"]["data"]["train_files"] = ["/home/somebody/data/train.parquet"]
+    config["model"]["data"]["rewards"] = {"*": {"judge": {"token": "${oc.env:JUDGE_TOKEN}"}}}
     config["exp_manager"]["wandb_logger_kwargs"] = {"entity": "secret-team"}
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     state = {"step": 2, "curriculum": {"fingerprint": "f" * 64}, "validation": {"val/accuracy": 0.25}}
@@ -201,7 +202,10 @@ def test_the_card_has_configuration_data_and_results(model, tmp_path):
     card = make(tmp_path / "evaluation.json")
     assert "Weights of training step 2." in card and "f" * 64 in card and "\n# tiny\n" in card
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert shown == {"trainer.grpo.samples_per_prompt": 16, "model.data.train_files": ["train.parquet"]}
+    assert shown == {
+        "trainer.grpo.samples_per_prompt": 16, "model.data.train_files": ["train.parquet"],
+        "model.data.rewards.*.judge.token": "${oc.env:JUDGE_TOKEN}",
+    }  # fmt: skip
     assert "| kk\\|2 | 0.500 (0.250…0.750) | 0.750 (–…–) |" in card and "**test.parquet** (6 prompts, sampled" in card
     assert "Of `step_2`" in card and "somebody" not in card and "secret-team" not in card
     assert "## Validation" not in card and "| accuracy | 0.250 |" in make()

@@ -54,9 +54,12 @@ def model_card(
 
 
 def _difference(config_file: pathlib.Path) -> str:
-    """Keys that are not the defaults'. Folders' names are a machine's own and stay there."""
+    """Keys that are not the defaults'. Folders' names are a machine's own and stay there.
+
+    What config.yaml refers to instead of holding it is a secret, and stays a reference.
+    """
     defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Config)))
-    given = _flat(OmegaConf.to_container(OmegaConf.load(config_file), resolve=True))
+    given = _flat(OmegaConf.to_container(OmegaConf.load(config_file), resolve=False))
     different = {key: _nameless(value) for key, value in given.items()
                  if defaults.get(key, "???") != value and not key.startswith(_LEFT_OUT)}  # fmt: skip
     return yaml.safe_dump(different, allow_unicode=True, width=110) if different else "# nothing\n"

@@ -17,6 +17,7 @@ from typing import Any
 
 from train_gpt_grpo import compose_config, rank, refuse
 
+from kk.progress import meter
 from megatron_dump.config import Config
 from megatron_dump.config.evaluate_schema import EvaluateConfig, load_evaluation
 
@@ -62,7 +63,8 @@ def run(config: Config, wanted: EvaluateConfig) -> int:
             print(line, file=sys.stderr, flush=True)
 
     try:
-        result = evaluate_policy(config, wanted, tell)
+        with meter("completions", show=rank() == 0) as on_progress:
+            result = evaluate_policy(config, wanted, tell, on_progress)
     except (ValueError, OSError) as error:
         return refuse(error, None)
     if rank() == 0:

@@ -32,11 +32,15 @@ Row = dict[str, Any]  # metric -> {value, low, high}; of a source prompts, sampl
 
 
 def evaluate_policy(
-    config: Config, wanted: EvaluateConfig, tell: Callable[[str], None] = lambda line: None
+    config: Config,
+    wanted: EvaluateConfig,
+    tell: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Everything `wanted` asks for, as JSON; a collective of all ranks, the same result on each.
 
-    tell: is given a line on each part that begins. ValueError or OSError for input that cannot be used.
+    tell: is given a line on each part that begins; on_progress: how many of the part's completions are done on this
+    rank, and of how many. ValueError or OSError for input that cannot be used.
     """
     layout, world_size = layout_of(config.model), int(os.environ.get("WORLD_SIZE", "1"))
     replicas = check_layout(layout, world_size)
@@ -53,7 +57,7 @@ def evaluate_policy(
     grid = parallel.initialize(layout, config.model.seed, config.trainer.collective_timeout_s)
     policy = load_policy(config, grid, wanted.checkpoint)
     options = sampling_options(config, policy, tokenizer)
-    generator = weights_generator(config, policy, tokenizer, options)
+    generator = weights_generator(config, policy, tokenizer, options, on_progress)
     tell(generator.notice)
     replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
     workers = {k: v for k, v in vars(config.model.data.reward_workers).items() if k != "ray_actors"}

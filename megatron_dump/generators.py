@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerFast
 
@@ -60,11 +61,18 @@ def make_generators(
 
 
 def weights_generator(
-    config: Config, policy: Policy, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions
+    config: Config,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    options: SamplingOptions,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MegatronGenerator | ReshardedGenerator:
-    """One on the policy's own weights, split as `inference_backend.reshard` says. A collective of all ranks."""
+    """One on the policy's own weights, split as `inference_backend.reshard` says. A collective of all ranks.
+
+    on_progress: MegatronGenerator's.
+    """
     model = config.model
-    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode)
+    settings = (options, model.seed, model.grpo.generation_rollout_mbs, tokenizer.decode, on_progress)
     choice = choose(policy, config.trainer.grpo.inference_backend.reshard)
     return policy_generator(
         policy, choice, config.trainer.precision, lambda weights: MegatronGenerator(weights, *settings)

@@ -24,6 +24,7 @@ import transformers
 from actor_bench import problem
 from actor_bench.plain import PlainStep
 
+from kk.progress import each
 from megatron_dump.actor import batching, parallel
 
 
@@ -47,7 +48,7 @@ def beside_plain(name: str, shape: problem.Shape, repeats: int, grid: parallel.P
         first = {side: step() for side, step in sides.items()}  # warms up, too
         wall: dict[str, list[float]] = {side: [] for side in sides}
         busy: dict[str, list[float]] = {side: [] for side in sides}  # of the process: what others run counts less
-        for _ in range(repeats):
+        for _ in each(range(repeats), name):
             for side, step in sides.items():
                 start, start_busy = time.perf_counter(), time.process_time()
                 step()

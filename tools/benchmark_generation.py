@@ -26,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from omegaconf import OmegaConf
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from kk.progress import each
 from megatron_dump.actor import convert, model, parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.config import load
@@ -99,7 +100,7 @@ def main() -> None:
         loop = MegatronGenerator(actor, options, 0, len(texts), lambda ids: "")
         greedy = SamplingParams(temperature=1.0, top_k=1, num_tokens_to_generate=args.tokens)
         speeds: dict[str, list[float]] = {"our loop": [], "static engine": []}
-        for _ in range(args.repeats):  # in turn: what else the machine does weighs on both
+        for _ in each(range(args.repeats), "rounds"):  # in turn: what else the machine does weighs on both
             start = time.perf_counter()
             ours = [c.token_ids.tolist() for c in loop.generate(0, requests)]
             middle = time.perf_counter()

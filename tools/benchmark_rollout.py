@@ -10,6 +10,7 @@ Parts: generation (ours, transformers, vLLM), prompts (groups of 16 behind long 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from actor_bench.plain import load_transformers
 from rollout_bench import layouts, plain, problem
 from rollout_bench.vllm_side import VLLMSide
 
+from kk.progress import each
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.rollout.megatron import MegatronGenerator
 
@@ -50,13 +52,12 @@ def timed(generate: Callable[[], int]) -> Side:
 def compare(title: str, sides: dict[str, Side], work: problem.Work, repeats: int) -> None:
     """A table: medians over rounds; ratios of ours to the side's are medians over paired rounds."""
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for number in range(repeats + 1):
-        for name, side in sides.items():
-            seconds, cpu, tokens = side()
-            if tokens != work.total:
-                raise RuntimeError(f"{name}: {tokens} tokens instead of {work.total}")
-            if number:  # the first one warms up
-                rounds[name].append((tokens / seconds, tokens / cpu))
+    for number, name in each(list(itertools.product(range(repeats + 1), sides)), title):
+        seconds, cpu, tokens = sides[name]()
+        if tokens != work.total:
+            raise RuntimeError(f"{name}: {tokens} tokens instead of {work.total}")
+        if number:  # the first one warms up
+            rounds[name].append((tokens / seconds, tokens / cpu))
     print(f"\n## {title}\n{work}; medians of {repeats} rounds.\n")
     print("| | tokens/s | tokens per CPU second | ours : this, tokens/s | ours : this, per CPU second |")
     print("|--|--|--|--|--|")
@@ -118,7 +119,7 @@ def reshard(folder: pathlib.Path, work: problem.Work, repeats: int) -> None:
     print(f"\n## Split or copied\n{work}; seconds of a generation, gathering the copy included; {repeats} rounds.\n")
     print("| layout | the trained split | whole copies | copies split over tensor ranks |")
     print("|--|--|--|--|")
-    for layout in layouts.LAYOUTS:
+    for layout in each(list(layouts.LAYOUTS), "layouts"):
         path = folder / layout
         problem.write_model(path, experts=layout.startswith("EP"))
         found = layouts.run(layout, path, vars(work), repeats)

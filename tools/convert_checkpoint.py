@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kk.progress import meter
 from megatron_dump.actor import convert, model, parallel, weights_checkpoint
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.hf_compare import differences
@@ -77,22 +78,28 @@ def build(args: argparse.Namespace, precision: str):
 def to_hf(args: argparse.Namespace) -> None:
     precision = {torch.bfloat16: "bf16"}.get(weights_checkpoint.stored_dtype(args.checkpoint), "32")
     modules, arch, grid = build(args, precision)
-    weights_checkpoint.load_weights(modules, arch, grid, args.checkpoint)
-    convert.save_hf(
-        modules, arch, grid, args.out, source=args.source, dtype=DTYPES.get(args.dtype),
-        max_shard_size=args.max_shard_size, replace=args.replace,
-    )  # fmt: skip
+    with meter("read", show=grid.rank == 0):
+        weights_checkpoint.load_weights(modules, arch, grid, args.checkpoint)
+    with meter("write", show=grid.rank == 0) as on_progress:
+        convert.save_hf(
+            modules, arch, grid, args.out, source=args.source, dtype=DTYPES.get(args.dtype),
+            max_shard_size=args.max_shard_size, replace=args.replace, on_progress=on_progress,
+        )  # fmt: skip
 
 
 def to_megatron(args: argparse.Namespace) -> None:
     dtypes = {entry.dtype for entry in HFTensors(args.source).entries.values()}
     modules, arch, grid = build(args, args.precision or ("bf16" if dtypes == {"BF16"} else "32"))
-    convert.load_hf(modules, arch, grid, args.source)
-    weights_checkpoint.save_weights(modules, grid, args.out, args.replace)
+    with meter("read", show=grid.rank == 0) as on_progress:
+        convert.load_hf(modules, arch, grid, args.source, on_progress)
+    with meter("write", show=grid.rank == 0):
+        weights_checkpoint.save_weights(modules, grid, args.out, args.replace)
 
 
 def check(args: argparse.Namespace) -> None:
-    if found := differences(args.a, args.b):
+    with meter("compare") as on_progress:
+        found = differences(args.a, args.b, on_progress)
+    if found:
         raise ValueError("\n".join(found))
     print(f"{args.a} and {args.b} are equal")
 

@@ -22,6 +22,8 @@ import pathlib
 import platform
 
 from reference_vectors.batches import SEED, losses_batches
+from rich.console import Console
+from rich.progress import track
 
 VECTORS = pathlib.Path(__file__).resolve().parents[1] / "tests/unit/reference_vectors"
 
@@ -40,7 +42,10 @@ def main() -> None:
         "seed": SEED,
         "made_by": f"python tools/make_reference_vectors.py {options.package}",
     }
-    body = {"batches": losses_batches(), "advantages": cases.advantages(), **cases.losses()}
+    parts = (lambda: {"batches": losses_batches()}, lambda: {"advantages": cases.advantages()}, cases.losses)
+    body: dict = {}
+    for part in track(parts, options.package, console=Console(stderr=True), transient=True):
+        body |= part()
     path = options.out / f"{options.package}.json"
     path.write_text(as_json({**head, **body}))
     print(f"{path}: {path.stat().st_size} bytes, {sum(len(v) for v in body.values())} entries")

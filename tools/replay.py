@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kk.progress import meter
 from megatron_dump.curriculum.replay import Log, Reweighed, read_log, reweigh, verify
 from megatron_dump.report.figure import ORANGE, STYLE
 from megatron_dump.report.run import natural_sort
@@ -99,13 +100,15 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None and args.policy is None:
         raise ValueError(f"--out {args.out}: the picture compares two policies: name the other with --policy")
     log = read_log(args.log)
-    n_steps = verify(log)
+    with meter("replay") as on_progress:
+        n_steps = verify(log, on_progress)
     print(f"{args.log}: {n_steps} steps reproduce bit for bit")
     if log.truncated:
         print("its last line was cut short and is left out")
     if args.policy is None:
         return
-    other = reweigh(log, parse_options(args.policy, args.options))
+    with meter(args.policy) as on_progress:
+        other = reweigh(log, parse_options(args.policy, args.options), on_progress)
     print(comparison(log, other, args.policy))
     out = args.out or args.log.with_name(f"replay_{args.policy}.png")
     with matplotlib.rc_context(STYLE):

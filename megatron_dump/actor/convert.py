@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,16 @@ from megatron_dump.distributed import agree, all_gather_array, fail_together
 
 
 @torch.no_grad()
-def load_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel, path: str) -> None:
+def load_hf(
+    modules: Sequence[nn.Module],
+    arch: Architecture,
+    parallel: Parallel,
+    path: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Fill this rank's parameters from a Hugging Face folder. A collective of all ranks.
 
+    on_progress: is given how many of this rank's parameters are done, and of how many.
     Raises ValueError on every rank, naming tensors and shapes, when tensors are missing, misshapen, quantised or
     unexpected, or a file cannot be read; RuntimeError when ranks see different folders.
     """
@@ -36,7 +43,7 @@ def load_hf(modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel
     unexpected = source.unexpected()
     with _refused_together(what, parallel):
         source.check(unexpected)
-        source.fill()
+        source.fill(on_progress)
 
 
 @contextlib.contextmanager
@@ -85,9 +92,11 @@ class _Source:
         if problems:
             raise ValueError(f"{some(problems)}; give a folder whose tensors are those of its config.json")
 
-    def fill(self) -> None:
+    def fill(self, on_progress: Callable[[int, int], None]) -> None:
         """Read this rank's part of every parameter, file by file."""
-        for parameter, rule in sorted(self.wanted, key=lambda item: self.folder.files_of(item[1].hf_names)):
+        by_file = sorted(self.wanted, key=lambda item: self.folder.files_of(item[1].hf_names))
+        for done, (parameter, rule) in enumerate(by_file):
+            on_progress(done, len(by_file))
             names = self._names(rule)
             self.folder.open(self.folder.files_of(names))
             parts = [self._part(name, rule, parameter) for name in names]
@@ -125,15 +134,20 @@ def _place(rule: Rule, parallel: Parallel) -> tuple[int, int, dist.ProcessGroup]
 
 @torch.no_grad()
 def named_hf_weights(
-    modules: Sequence[nn.Module], arch: Architecture, parallel: Parallel
+    modules: Sequence[nn.Module],
+    arch: Architecture,
+    parallel: Parallel,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[str, Tensor]]:
     """This stage's weights under their Hugging Face names, gathered over tensor and expert ranks one at a time.
 
     A collective of the stage's ranks: all iterate to the end, all receive every tensor. Tensors may be the parameters
-    themselves: do not write to them. Beyond the parameters a rank holds at most two of the tensors.
+    themselves: do not write to them. Beyond the parameters a rank holds at most two of the tensors. on_progress: as
+    `load_hf`'s.
     """
-    weights = WeightMap(arch)
-    for name, parameter in named_parameters(modules):
+    weights, parameters = WeightMap(arch), list(named_parameters(modules))
+    for done, (name, parameter) in enumerate(parameters):
+        on_progress(done, len(parameters))
         if name == "output_layer.weight" and arch.tied:
             continue
         rule = weights.rule(name)
@@ -177,6 +191,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     replace: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load. A collective of all ranks.
 
@@ -185,6 +200,7 @@ def save_hf(
     written anew, with the dtype it names.
     dtype: of every tensor instead; a policy trained in fp32 from a bf16 folder is otherwise rounded to bf16 again.
     max_shard_size: of one file, as transformers writes it (5GB = 5 * 10**9 bytes); a rank holds one file's tensors.
+    on_progress: of `named_hf_weights`.
 
     Each pipeline stage's first rank writes its stage's files. The folder appears under its name when it is complete; an
     existing one is refused, or with `replace` exchanged at the end. RuntimeError on every rank when one fails.
@@ -200,7 +216,7 @@ def save_hf(
                 output.read_source()
             if leads:
                 output.folder.prepare()
-        failure = _write(writer, output, named_hf_weights(modules, arch, parallel), writes)
+        failure = _write(writer, output, named_hf_weights(modules, arch, parallel, on_progress), writes)
         with fail_together(what, device=parallel.device):
             if failure is not None:
                 raise failure

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron_dump.actor.hf_files import Entry, HFTensors
 
 _CHUNK = 1 << 24  # bytes compared at once
 
 
-def differences(a: str | pathlib.Path, b: str | pathlib.Path) -> list[str]:
+def differences(
+    a: str | pathlib.Path,
+    b: str | pathlib.Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
     """One line for each tensor, and for a config.json, that only one has or that differs; [] when they are equal.
 
-    Reads 16 MB of each folder at a time. ValueError or FileNotFoundError when a folder cannot be read.
+    Reads 16 MB of each folder at a time. on_progress: is given how many tensors are done, and of how many.
+    ValueError or FileNotFoundError when a folder cannot be read.
     """
     first, second = HFTensors(a), HFTensors(b)
-    found = []
-    for name in sorted(first.entries.keys() | second.entries.keys()):
+    found, names = [], sorted(first.entries.keys() | second.entries.keys())
+    for done, name in enumerate(names):
+        on_progress(done, len(names))
         ours, theirs = first.entries.get(name), second.entries.get(name)
         if ours is None or theirs is None:
             found.append(f"{name} is only in {b if ours is None else a}")

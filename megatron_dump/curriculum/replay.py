@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,14 +68,16 @@ def rebuild(header: Mapping[str, Any]) -> Curriculum:
     return curriculum
 
 
-def verify(log: Log) -> int:
+def verify(log: Log, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Replay the log on a fresh curriculum: every draw and score must come out the same, bit for bit.
 
-    Returns the number of steps with a training draw; ReplayError names the first difference.
+    Returns the number of steps with a training draw; ReplayError names the first difference. on_progress: is given how
+    many of the log's events are done, and of how many.
     """
     curriculum = rebuild(log.header)
     steps: set[int] = set()
-    for event in log.events:
+    for done, event in enumerate(log.events):
+        on_progress(done, len(log.events))
         emitted: list[dict[str, Any]] = []
         curriculum.on_event = emitted.append
         try:
@@ -134,16 +136,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def reweigh(log: Log, sources: Mapping[str, Any]) -> Reweighed:
+def reweigh(
+    log: Log, sources: Mapping[str, Any], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Reweighed:
     """What another source policy would have weighed at every step, given the log's feedback.
 
     `sources`: a `trainer.grpo.curriculum.sources` block. This is off-policy: the feedback is that of the prompts which
     the run drew, from the model which it trained. Under the other policy both would have been others, so this compares
-    decisions, not results. ValueError for an unknown policy or option, and for a log without a draw.
+    decisions, not results. ValueError for an unknown policy or option, and for a log without a draw. on_progress: as
+    `verify`'s.
     """
     header, policy = log.header, _policy(sources, log.header)
     names, steps, logged, weights, scores = log.sources, [], [], [], []
-    for event in log.events:
+    for done, event in enumerate(log.events):
+        on_progress(done, len(log.events))
         if event["event"] == "changed":
             header, policy = event, _carried(policy, header, _policy(sources, event), event)
             continue

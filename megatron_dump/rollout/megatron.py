@@ -21,7 +21,7 @@ class MegatronGenerator:
     """A Generator that needs no weight synchronisation: it is the policy.
 
     At most `max_rows` completions are decoded together (more, if a single group is larger); `decode` turns token ids
-    into text.
+    into text; `on_progress` is given how many of a call's completions are done on this rank, and of how many.
     """
 
     def __init__(
@@ -31,8 +31,10 @@ class MegatronGenerator:
         seed: int,
         max_rows: int,
         decode: Callable[[list[int]], str],
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.policy, self.options, self.seed, self.max_rows, self.decode = policy, options, seed, max_rows, decode
+        self.on_progress = on_progress
         self.device = policy.parallel.device
         self.notice = ""  # which split of the policy this is, and why: for people
         self.cache_bytes = 0  # what keys and values took on this rank in the last generation, at most
@@ -40,7 +42,8 @@ class MegatronGenerator:
     def generate(self, step: int, requests: Sequence[Request]) -> list[Completion]:
         """As the Generator's. Where experts are split, a collective of all ranks, requests or not."""
         policy, requests = self.policy, [r for r in requests if r.n]
-        n_rows = min(sum(r.n for r in requests), max(self.max_rows, *(r.n for r in requests), 1)) if requests else 0
+        total = sum(r.n for r in requests)
+        n_rows = min(total, max(self.max_rows, *(r.n for r in requests), 1)) if requests else 0
         longest = max((len(r.prompt.token_ids) for r in requests), default=1)
         cache = KVCache(n_rows, self.options.max_length, longest, self.device)
         with incremental_forward(policy.module, policy.parallel, policy.arch.vocab_size, cache) as model:
@@ -48,6 +51,7 @@ class MegatronGenerator:
             while model.work(decoding.unfinished):
                 if decoding.unfinished:
                     decoding.advance()
+                    self.on_progress(len(decoding.results), total)
                 else:
                     model.idle()
         self.cache_bytes = cache.peak_bytes
@@ -60,7 +64,7 @@ class MegatronGenerator:
     def greedy(self) -> MegatronGenerator:
         """One that takes the likeliest token, on the same weights."""
         options = dataclasses.replace(self.options, use_greedy=True)
-        return MegatronGenerator(self.policy, options, self.seed, self.max_rows, self.decode)
+        return MegatronGenerator(self.policy, options, self.seed, self.max_rows, self.decode, self.on_progress)
 
     def _completion(self, request: Request, sample: int, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
         finished = bool(ids[-1] in self.options.stop_ids)

@@ -44,7 +44,12 @@ def evaluate(world, data, tensor=1, pipeline=1, **overrides):
     asked = arguments(world, data, "unused", tensor, pipeline, **settings)
 
     def one_rank() -> str:
-        return json.dumps(evaluate_policy(*SCRIPT.read_config(asked)))
+        told: list[tuple[int, int]] = []
+        config, wanted = SCRIPT.read_config(asked)
+        found = evaluate_policy(config, wanted, on_progress=lambda *counts: told.append(counts))
+        parts = [total for done, total in told if done == total]
+        assert len(parts) == len(found["files"]) * len(wanted.modes) and all(done <= total for done, total in told)
+        return json.dumps(found)
 
     found = run_ranks(one_rank, world, timeout_s=200)
     assert len(set(found)) == 1

@@ -65,7 +65,9 @@ def test_the_writer_keeps_what_it_was_given(tmp_path):
 
 def test_differences(tmp_path, tensors):
     one, three = write(tmp_path / "1", tensors, 1, a=1), write(tmp_path / "3", tensors, 3, a=1)
-    assert differences(one, three) == []
+    told = []
+    assert differences(one, three, lambda *counts: told.append(counts)) == []
+    assert told == [(i, len(tensors)) for i in range(len(tensors))]
     changed = {**tensors, "c": tensors["c"].float(), "e": tensors["e"].view(6, 5), "g": torch.ones(1)}
     changed["b"] = tensors["b"].clone()
     changed["b"][0, 0] = -changed["b"][0, 0]

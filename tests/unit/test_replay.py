@@ -113,7 +113,9 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_log_reproduces_bit_for_bit(tmp_path, config, max_staleness):
     log = read_log(run(tmp_path, config, max_staleness=max_staleness))
-    assert verify(log) == 12
+    told: list[tuple[int, int]] = []
+    assert verify(log, lambda *counts: told.append(counts)) == 12
+    assert told == [(i, len(log.events)) for i in range(len(log.events))]
     assert not log.truncated
     draws = [event for event in log.events if event["event"] == "draw"]
     assert any(event["rejected"] for event in draws) == ("filter" in config)

@@ -12,6 +12,7 @@ import torch
 
 from actor_bench import problem
 from actor_bench.plain import PlainStep
+from kk.progress import each
 from megatron_dump.actor import batching
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.config import DynamicBatchingConfig
@@ -66,7 +67,7 @@ class _Report:
         step()  # warms up
         torch.cuda.reset_peak_memory_stats()
         seconds = []
-        for _ in range(self.repeats):
+        for _ in each(range(self.repeats), name):
             torch.cuda.synchronize()
             start = time.perf_counter()
             step()

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from kk.progress import each
+
 REPO = pathlib.Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/models/kk-tiny"
 
@@ -31,7 +33,7 @@ def beside_trl(trl_python: str, data: pathlib.Path, steps: int, rounds: int) -> 
     seconds: dict[str, list[float]] = {"ours": [], "TRL": []}
     lengths: dict[str, list[float]] = {"ours": [], "TRL": []}
     version = ""
-    for _ in range(rounds):
+    for _ in each(range(rounds), "rounds"):
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
             prompts = _some_rows(data, folder, steps * settings["rows"] // settings["group"])

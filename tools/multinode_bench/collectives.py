@@ -6,6 +6,7 @@ that times 2(n-1)/n for an all-reduce of n ranks, and the same for a broadcast o
 
 from __future__ import annotations
 
+import itertools
 import socket
 import statistics
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kk.progress import each
 from megatron_dump.actor.parallel import Parallel
 from megatron_dump.distributed import all_gather_array
 from multinode_bench.fit import alpha_beta
@@ -38,13 +40,12 @@ def measure(grid: Parallel, quick: bool = False, repeats: int = 9) -> dict[str, 
         raise ValueError("collectives: one rank has nobody to talk to; start more (torchrun --nproc-per-node)")
     hosts, rows = _hosts(grid), []
     groups = _groups(grid)
-    for name, group in groups.items():
+    plan = list(itertools.product(groups.items(), OPERATIONS, QUICK_SIZES if quick else SIZES))
+    for (name, group), operation, size in each(plan, "collectives", show=grid.rank == 0):
         members = dist.get_process_group_ranks(group)
         about = {"group": name, "ranks": len(members), "nodes": len({hosts[rank] for rank in members})}
-        for operation in OPERATIONS:
-            for size in QUICK_SIZES if quick else SIZES:
-                seconds = _measure(grid, group, operation, size, 3 if quick else repeats)
-                rows.append({**about, "operation": operation, **_row(operation, size, len(members), seconds)})
+        seconds = _measure(grid, group, operation, size, 3 if quick else repeats)
+        rows.append({**about, "operation": operation, **_row(operation, size, len(members), seconds)})
     return {
         "backend": dist.get_backend(),
         "ranks": grid.world_size,

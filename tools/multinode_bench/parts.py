@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kk.progress import each
 from megatron_dump.actor import parallel
 from megatron_dump.actor.layout import Layout
 from megatron_dump.distributed import fail_together
@@ -48,7 +49,7 @@ def measure_scaling(options: argparse.Namespace) -> None:
             for mode in options.modes for layout in options.layouts]  # fmt: skip
     if any(layout.ranks == 1 for layout in options.layouts):
         plan += [(name, "calibration", 1, arguments) for name, arguments in _calibration(options.given)]
-    for name, mode, ranks, arguments in plan:
+    for name, mode, ranks, arguments in each(plan, "layouts"):
         if (options.out / "steps" / f"{name}.json").exists():
             print(f"{name}: measured already")
             continue

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from kk.progress import meter
 from megatron_dump.actor import convert, parallel
 from megatron_dump.actor.architecture import read_architecture
 from megatron_dump.actor.model import build_model, transformer_config
@@ -71,8 +72,8 @@ def run(
     """A row for each combination, in fp32; pushes and plain copies take turns."""
     context = multiprocessing.get_context("forkserver")  # nothing is inherited; what is imported, is imported once
     context.set_forkserver_preload([_measure.__module__ if __name__ != "__main__" else "megatron_dump.actor.convert"])
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    rows, total = [], len(models) * len(layouts) * len(transports)
+    with tempfile.TemporaryDirectory() as folder, meter("weight sync") as tell:
         for name in models:
             _write(os.path.join(folder, name), *MODELS[name])
         for layout in layouts:
@@ -90,6 +91,7 @@ def run(
             with contextlib.suppress(EOFError):
                 while True:
                     rows.append(Row(layout=layout, **receiver.recv()))
+                    tell(len(rows), total)
             for process in ranks:
                 process.join()
             if any(process.exitcode for process in ranks):

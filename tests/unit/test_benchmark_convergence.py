@@ -109,7 +109,8 @@ def test_a_benchmark_runs_and_goes_on(tmp_path):
     """Called again after an interruption: finished runs stay as they are, and the result is the same."""
     out = tmp_path / "bench"
     command = [sys.executable, str(REPO / "tools/benchmark_convergence.py"), "--quick", "--out", str(out)]
-    options = ["--arms", "dump_ucb", "--workers", "2"]
+    model = f"pretrained_checkpoint.restore_from_path={REPO}/examples/models/kk-tiny"
+    options = ["--arms", "dump_ucb", "--workers", "2", model]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     page, before = out.with_suffix(".md").read_text(), (out / "uniform/1/metrics.jsonl").read_bytes()

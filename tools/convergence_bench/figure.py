@@ -45,27 +45,30 @@ def _learning(axes: Axes, results: Results) -> None:
             axes.fill_between(results.grid, mean - half, mean + half, color=colour(results, arm), alpha=0.18, lw=0)
     axes.axhline(results.final(BASELINE).mean, color="#555555", linestyle=":", linewidth=1)
     axes.set(title="Test accuracy, mean over sources", xlabel="generated tokens")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:.0f}k"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.legend(loc="lower right", ncols=2)
 
 
 def _tokens(axes: Axes, results: Results) -> None:
-    """Tokens to the baseline's last accuracy as a share of the baseline's, with intervals."""
-    limit = 0.0
+    """Tokens to the baseline's last accuracy, with intervals."""
+    budget = float(results.grid[-1])
     for row, arm in enumerate(reversed(results.arms)):
-        spent = results.spent[arm][BASELINE]
-        end = results.grid[-1] / results.spent[BASELINE]["tokens"].value
-        value, low, high = (min(v, end) if not math.isnan(v) else end for v in (spent.value, spent.low, spent.high))
-        never = math.isinf(spent.value)
-        axes.plot([low, high], [row, row], color=colour(results, arm), linewidth=3, alpha=0.45, solid_capstyle="butt")
-        axes.plot(value, row, ">" if never else "o", color=colour(results, arm), markersize=8)
-        limit = max(limit, end, high)
-    axes.axvline(1.0, color="#555555", linestyle=":", linewidth=1)
+        spent = results.spent[arm]["tokens"]
+        ends = [min(end, budget) for end in (spent.low, spent.high)]
+        marker = ">" if math.isinf(spent.value) else "o"
+        axes.plot(ends, [row, row], color=colour(results, arm), linewidth=3, alpha=0.45, solid_capstyle="butt")
+        axes.plot(min(spent.value, budget), row, marker, color=colour(results, arm), markersize=8)
+    axes.axvline(results.spent[BASELINE]["tokens"].value, color="#555555", linestyle=":", linewidth=1)
     axes.set(
-        title=f"Tokens to {BASELINE}'s last accuracy\n(share of {BASELINE}'s; ▸: not within the budget)",
-        xlim=(0, limit * 1.05), yticks=range(len(results.arms)), yticklabels=list(reversed(results.arms)),
+        title=f"Tokens to {BASELINE}'s last accuracy (▸: not within the budget)", xlim=(0, budget * 1.05),
+        yticks=range(len(results.arms)), yticklabels=list(reversed(results.arms)),
     )  # fmt: skip
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.grid(axis="y", visible=False)
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value / 1000:.0f}k"
 
 
 def _source(axes: Axes, results: Results, k: int, named: bool) -> None:

@@ -110,9 +110,9 @@ def spent_to_baseline(
 
 
 def _ratio(tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Where neither arrives there is none; where only the other does not, it is 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(np.isinf(others), np.where(np.isinf(tokens), np.nan, 0.0), tokens / others)
+    """Where neither arrives, or the other begins at the target, there is none; where it does not arrive it is 0."""
+    known = (others > 0) & ~(np.isinf(others) & np.isinf(tokens))
+    return np.divide(tokens, others, out=np.full(len(tokens), np.nan), where=known)
 
 
 def _interval(values: np.ndarray) -> Spent:

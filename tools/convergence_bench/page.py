@@ -20,7 +20,7 @@ def write(results: Results, arms: Mapping[str, Arm], command: str, picture: str,
     """The page. picture: the figure's path from the page's folder; note: what the runs share, in a sentence."""
     return "\n\n".join([
         "# Curricula at equal generated tokens",
-        f"{note} {len(results.seeds)} seeds ({_listed(results.seeds)}).",
+        f"{note} Seeds: {_listed(results.seeds)}.",
         f"```\n{command}\n```",
         f"{machine()}. Every figure is a mean over seeds ± the half width of its 95 % interval (Student's t), or "
         "has its bootstrap interval over seeds [in brackets], the same seeds drawn for all arms. Tokens: all that were "
@@ -99,4 +99,5 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _listed(seeds: list[int]) -> str:
-    return f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ", ".join(map(str, seeds))
+    in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))

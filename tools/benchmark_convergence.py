@@ -81,8 +81,8 @@ def main() -> int:
         return 1
     page = (args.report or out.with_suffix(".md")).resolve()
     note = (
-        f"Recipe `kk_convergence`: Knights and Knaves with {args.people} people ({args.train} training, {args.test} test "
-        f"puzzles a size), {args.tokens:,} tokens a run."
+        f"Recipe `kk_convergence`: Knights and Knaves with {args.people} people ({args.train} training, {args.test} "
+        f"test puzzles a size), {args.tokens:,} tokens a run."
     )
     command = shlex.join(["python", "tools/benchmark_convergence.py", *sys.argv[1:]])
     with matplotlib.rc_context(STYLE):

@@ -15,6 +15,9 @@ from convergence_bench.arms import BASELINE
 from convergence_bench.results import Results
 
 
+COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10, whose 7 is the baseline's grey
+
+
 def draw(results: Results) -> Figure:
     figure = Figure(figsize=(12.5, 8.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 0.9))
@@ -31,7 +34,8 @@ def draw(results: Results) -> Figure:
 
 
 def colour(results: Results, arm: str) -> tuple[float, ...] | str:
-    return "#555555" if arm == BASELINE else matplotlib.colormaps["tab10"](results.arms.index(arm) % 10)
+    others = [name for name in results.arms if name != BASELINE]
+    return "#555555" if arm == BASELINE else matplotlib.colormaps["tab10"](COLOURS[others.index(arm) % len(COLOURS)])
 
 
 def _learning(axes: Axes, results: Results) -> None:

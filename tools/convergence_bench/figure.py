@@ -14,7 +14,6 @@ from run_comparison.intervals import band
 from convergence_bench.arms import BASELINE
 from convergence_bench.results import Results
 
-
 COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10, whose 7 is the baseline's grey
 
 

@@ -79,7 +79,7 @@ class Demonstrations:
     """An endless stream of (prompt, completion) token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
-        self.tokenizer, self.haste = tokenizer, args.haste
+        self.tokenizer, self.haste, self.quoted = tokenizer, args.haste, args.quoted
         self.rng = random.Random(args.seed)
         self.weights = {int(n): float(w) for n, w in (pair.split(":") for pair in args.mix.split(","))}
         self.puzzles = {n: self._puzzles(n, args.seed) for n in self.weights}
@@ -93,7 +93,7 @@ class Demonstrations:
     def __next__(self) -> tuple[np.ndarray, Completion]:
         (n,) = self.rng.choices(list(self.weights), self.weights.values())
         row = next(self.puzzles[n])
-        text = worked_solution(ast.literal_eval(row["statements"]), row["names"], self.rng, self.haste)
+        text = worked_solution(ast.literal_eval(row["statements"]), row["names"], self.rng, self.haste, self.quoted)
         prompt = self.tokenizer(row["quiz"])["input_ids"]
         ids = [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id][: self.max_length]
         tokens = np.array(ids)
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--mix", default="2:1,3:1", help="people:weight pairs of the demonstrations")
     parser.add_argument("--haste", type=float, default=0.25, help="probability of giving up after a failed trial")
+    parser.add_argument("--quoted", action="store_true", help="demonstrations quote what they judge (kk/trace.py)")
     parser.add_argument("--max-length", type=int, default=224, help="tokens of a demonstration that are learned")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=128)

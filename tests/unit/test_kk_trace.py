@@ -28,6 +28,27 @@ def test_a_patient_demonstrator_is_always_right(n):
         assert kk_reward(text, truth).reward == 3.0
 
 
+def test_a_quoting_demonstrator_says_the_truth_of_what_the_puzzle_says():
+    """Every clause is the puzzle's own, in its order, and true exactly if the roles tried make it so."""
+    for row, statements in _puzzles(3):
+        for roles, words, passed in trials(statements, row["names"], quoted=True):
+            plain = next(ok for other, _, ok in trials(statements, row["names"]) if other == roles)
+            assert passed == plain and words[-1] == ("ok" if passed else "no")
+            knights = dict(zip(row["names"], roles, strict=True))
+            said = [word.lower() for word, verdict in itertools.pairwise(words) if verdict in ("true", "false")]
+            quiz, place = row["quiz"].lower(), 0
+            for clause in said:
+                place = quiz.index(clause, place) + len(clause)
+            for word, verdict in itertools.pairwise(words):
+                if verdict in ("true", "false"):
+                    name, _, claim = word.partition(" is ")
+                    is_so = (claim.removeprefix("not ") == "a knight") == knights[name]
+                    assert verdict == ("true" if is_so != claim.startswith("not ") else "false")
+        text = worked_solution(statements, row["names"], random.Random(0), quoted=True)
+        truth = json.dumps({"solution_text_format": row["solution_text_format"], "statements": row["statements"]})
+        assert kk_reward(text, truth).reward == 3.0
+
+
 def test_trials_pass_exactly_for_the_solver_s_solutions():
     for row, statements in _puzzles(4):
         passed = [roles for roles, _, ok in trials(statements, row["names"]) if ok]

@@ -39,6 +39,7 @@ TENSOR = {  # the 7B recipes: four updates a step; kk-tiny has two key/value hea
 }
 SHRUNK = {  # recipe -> (ranks, overrides besides SMALL)
     "kk_cpu": (8, {"model.global_batch_size": 32, "model.micro_batch_size": 8}),
+    "kk_convergence": (1, {"model.global_batch_size": 32, "model.micro_batch_size": 8}),
     "kk_qwen2.5_7b_8gpu": (2, TENSOR),
     "kk_qwen2.5_7b_8gpu_uniform": (2, TENSOR),
     "kk_qwen2.5_7b_2node": (4, TENSOR),

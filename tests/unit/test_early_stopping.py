@@ -195,4 +195,6 @@ def test_parameters_that_say_nothing(early, grpo, message):
 
 def test_a_checkpoint_kept_by_a_training_metric_needs_no_validation():
     params = {"checkpoint_callback_params": {"monitor": "critic/score/mean", "save_top_k": 2}}
-    config({"monitor": "actor/entropy"}, params, save_interval=3, val_check_interval=0)
+    loaded = config({"monitor": "actor/entropy"}, params, save_interval=3, val_check_interval=0).exp_manager
+    assert loaded.checkpoint_callback_params.monitor == "critic/score/mean"
+    assert loaded.early_stopping_callback_params.monitor == "actor/entropy"

@@ -159,8 +159,11 @@ def listen(commands: queue.Queue[dict[str, Any]], parent: int, finish_s: float) 
     The process may be gone and stdin still open: in processes that it has forked.
     """
     rest, ended = b"", False
-    while not ended and os.getppid() == parent:
-        if select.select([0], [], [], POLL_S)[0]:
+    while not ended:
+        is_orphan = os.getppid() != parent  # asked first: what its parent had sent can then be read
+        ready = select.select([0], [], [], 0 if is_orphan else POLL_S)[0]
+        ended = is_orphan and not ready
+        if ready:
             part = os.read(0, 65536)
             *lines, rest = (rest + part).split(b"\n")
             messages = [json.loads(line) for line in lines]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dump.monitor import Monitor, trackers
+from tests.unit.recorded_runs import write_jsonl
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # 40 characters, as wandb's own keys
 SOURCES = ["kk_logic_2", "kk_logic_3"]
@@ -212,6 +213,21 @@ os.kill(os.getpid(), signal.SIGKILL)
         os.kill(child, signal.SIGKILL)
     assert [row["step"] for row in fake("log")] == [1]
     assert len(fake("finish")) == 1
+
+
+def test_what_a_killed_run_had_sent_is_read(tmp_path, fake):
+    """The run is gone before its process looks for the first time, and stdin stays open."""
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "x": 1.0}])
+    repo = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": f"{repo}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-c", "from megatron_dump.monitor.wandb_process import main; main()"]
+    first = {"folder": str(tmp_path), "options": {}, "parent": 0, "finish_s": 60}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"".join(json.dumps(line).encode() + b"\n" for line in (first, {"from_step": 1})))
+        process.stdin.flush()
+        assert process.wait(60) == 0
+    assert [row["step"] for row in fake("log")] == [1] and len(fake("finish")) == 1
 
 
 def _is_running(pid: int) -> bool:

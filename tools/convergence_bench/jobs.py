@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from convergence_bench.arms import Arm
+from kk.progress import bar
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = "greedy.json"
@@ -99,9 +98,8 @@ def run_all(jobs: Sequence[Job], workers: int) -> None:
     """All that are not finished, in their order. The first JobError ends it, and the processes."""
     for job in jobs:
         job.check()
-    crew, columns = Crew(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    left = [job for job in jobs if not job.is_finished]
-    with Progress(*columns) as progress, ThreadPoolExecutor(workers) as pool:
+    crew, left = Crew(), [job for job in jobs if not job.is_finished]
+    with bar() as progress, ThreadPoolExecutor(workers) as pool:
         task = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(left))
         futures = {pool.submit(job.run, crew): job for job in left}
         try:

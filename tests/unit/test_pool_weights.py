@@ -50,13 +50,16 @@ def test_reload_gives_weights_before_it_serves(make_pool):
     assert reloads == [only] and only.loads[-1] == (2, {"reload": True})
 
 
-def test_a_failing_reload_is_a_failing_start(make_pool):
+@pytest.mark.parametrize("noticed", ["before it is asked", "while it is asked"])
+def test_a_failing_reload_is_a_failing_start(make_pool, noticed):
     def reload(handle):
         raise ConnectionError("nobody there")
 
     pool, (only,) = make_pool(1, reload=reload, max_restarts=1)
     pool.load_weights(1, {}).result(5)
     os.kill(only.pids[0], signal.SIGKILL)
+    if noticed == "before it is asked":
+        os.waitid(os.P_PID, only.pids[0], os.WEXITED | os.WNOWAIT)
     with pytest.raises(PoolFailed, match="engine 0 was lost 2 times, with max_restarts=1; the last time: nobody there"):
         pool.generate(requests_of(3)).result(10)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -140,7 +141,8 @@ class ToyHandle:
     def close(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may hold what the process died too early to be told
+            self.process.stdin.close()
 
     def served(self):
         """Every call of `generate` that began: (pid, version, [(prompt, seeds)])."""

@@ -7,10 +7,16 @@ from typing import NamedTuple
 BASELINE, PUBLISHED = "uniform", "dump_ucb"  # what the others are compared with
 
 
+LEVELS = {"prompts": "{name: epoch}", "budget": "{name: fixed}", "filter": "{name: none}"}  # where an arm names none
+CURES = {"prompts": "{name: cures}", "budget": "{name: neyman}"}
+ROBUST = "{name: dump_ucb_robust, cost_exponent: 0}"
+PER_TOKEN = "{name: dump_ucb_robust, cost_exponent: 1}"
+
+
 class Arm(NamedTuple):
     name: str
     what: str  # in words
-    curriculum: dict[str, str]  # keys of trainer.grpo.curriculum
+    curriculum: dict[str, str]  # keys of trainer.grpo.curriculum; no level is left to the defaults
 
     def overrides(self) -> list[str]:
         return [f"trainer.grpo.curriculum.{key}={value}" for key, value in self.curriculum.items()]
@@ -18,18 +24,19 @@ class Arm(NamedTuple):
 
 def all_arms(schedule_steps: int) -> dict[str, Arm]:
     """Every arm by name. schedule_steps: how long `easy_to_hard` takes from the first source to the last."""
+    schedule = f"{{name: easy_to_hard, total_steps: {schedule_steps}}}"
     arms = (
-        Arm("uniform", "sources alike", {"sources": "{name: uniform}"}),
-        Arm("proportional", "pooled shuffle", {"sources": "{name: proportional}"}),
-        Arm("easy_to_hard", "a fixed schedule", {"sources": f"{{name: easy_to_hard, total_steps: {schedule_steps}}}"}),
-        Arm("sec", "SEC", {"sources": "{name: sec}"}),
-        Arm("dump_ucb", "DUMP as published", {"sources": "{name: dump_ucb}"}),
-        Arm("dump_ucb_robust", "DUMP with floors", {"sources": "{name: dump_ucb_robust}"}),
-        Arm("cures", "CurES's prompts and budget, sources alike",
-            {"sources": "{name: uniform}", "prompts": "{name: cures}", "budget": "{name: neyman}"}),
-        Arm("dump+cures+neyman", "all three levels",
-            {"sources": "{name: dump_ucb}", "prompts": "{name: cures}", "budget": "{name: neyman}"}),
-        Arm("dump+filter", "DUMP, groups that teach nothing replaced",
-            {"sources": "{name: dump_ucb}", "filter": "{name: zero_variance}"}),
+        ("uniform", "sources alike", "{name: uniform}", {}),
+        ("proportional", "pooled shuffle", "{name: proportional}", {}),
+        ("easy_to_hard", "a fixed schedule", schedule, {}),
+        ("sec", "SEC", "{name: sec}", {}),
+        ("dump_ucb", "DUMP as published", "{name: dump_ucb}", {}),
+        ("dump_ucb_robust", "DUMP per prompt, with a floor", ROBUST, {}),
+        ("robust_per_token", "the same, learnability per token", PER_TOKEN, {}),
+        ("cures", "CurES's prompts and budget, sources alike", "{name: uniform}", CURES),
+        ("dump+cures+neyman", "DUMP as published, CurES's prompts and budget", "{name: dump_ucb}", CURES),
+        ("robust_per_token+cures+neyman", "DUMP per token with a floor, CurES's prompts and budget", PER_TOKEN, CURES),
+        ("dump+filter", "DUMP, groups that teach nothing replaced", "{name: dump_ucb}",
+         {"filter": "{name: zero_variance}"}),
     )  # fmt: skip
-    return {arm.name: arm for arm in arms}
+    return {name: Arm(name, what, {"sources": sources, **LEVELS, **rest}) for name, what, sources, rest in arms}

@@ -1,6 +1,6 @@
 """Curricula on a language model at equal generated tokens: which learns how fast, with intervals over seeds.
 
-    python tools/benchmark_convergence.py                      # 11 curricula × 5 seeds, 100 minutes on two cores
+    python tools/benchmark_convergence.py                      # 11 curricula × 5 seeds, 80 minutes on two cores
     python tools/benchmark_convergence.py --quick              # three of them, one seed, minutes: does it run?
     python tools/benchmark_convergence.py --arms uniform dump_ucb --seeds 1-3 model.optim.lr=1e-4
 
@@ -46,8 +46,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/convergence"))
     parser.add_argument("--arms", nargs="+", help="default: all; the baseline is always among them")
     parser.add_argument("--seeds", default="1-5", help="such as 1-5")
-    parser.add_argument("--tokens", type=int, default=240_000, help="that each run generates (default: %(default)s)")
-    parser.add_argument("--schedule-steps", type=int, default=14, help="of easy_to_hard (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=180_000, help="that each run generates (default: %(default)s)")
+    parser.add_argument("--schedule-steps", type=int, default=10, help="of easy_to_hard (default: %(default)s)")
     parser.add_argument("--people", default="2-7")
     parser.add_argument("--train", type=int, default=60, help="training puzzles a size (default: %(default)s)")
     parser.add_argument("--test", type=int, default=100, help="test puzzles a size (default: %(default)s)")

@@ -17,6 +17,7 @@ from kk.progress import bar
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = "greedy.json"
+GREEDY_PROMPTS = 120  # of the test puzzles, from all sources in turn
 
 
 class JobError(RuntimeError):
@@ -58,7 +59,8 @@ class Job:
         checkpoint = self.folder / f"checkpoints/step_{outcome['step']}"
         command = [str(ROOT / "examples/evaluate.py"), *settings, f"evaluate.checkpoint={checkpoint}"]
         part = self.folder / f"{EVALUATION}.part"
-        crew.call([*command, "evaluate.modes=[greedy]", f"evaluate.out={part}"], self.folder / "log.txt")
+        command += ["evaluate.modes=[greedy]", f"evaluate.num_prompts={GREEDY_PROMPTS}", f"evaluate.out={part}"]
+        crew.call(command, self.folder / "log.txt")
         part.replace(self.folder / EVALUATION)
 
 

@@ -14,7 +14,8 @@ from run_comparison.intervals import band
 from convergence_bench.arms import BASELINE
 from convergence_bench.results import Results
 
-COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of tab10, whose 7 is the baseline's grey
+COLOURS = [matplotlib.colormaps["tab10"](k) for k in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # 7 is the baseline's grey
+COLOURS += [matplotlib.colormaps["Dark2"](k) for k in (0, 5, 6)]
 
 
 def draw(results: Results) -> Figure:
@@ -34,7 +35,7 @@ def draw(results: Results) -> Figure:
 
 def colour(results: Results, arm: str) -> tuple[float, ...] | str:
     others = [name for name in results.arms if name != BASELINE]
-    return "#555555" if arm == BASELINE else matplotlib.colormaps["tab10"](COLOURS[others.index(arm) % len(COLOURS)])
+    return "#555555" if arm == BASELINE else COLOURS[others.index(arm) % len(COLOURS)]
 
 
 def _learning(axes: Axes, results: Results) -> None:

@@ -11,6 +11,7 @@ LEVELS = {"prompts": "{name: epoch}", "budget": "{name: fixed}", "filter": "{nam
 CURES = {"prompts": "{name: cures}", "budget": "{name: neyman}"}
 ROBUST = "{name: dump_ucb_robust, cost_exponent: 0}"
 PER_TOKEN = "{name: dump_ucb_robust, cost_exponent: 1}"
+SOFT = "{name: dump_ucb_robust, cost_exponent: 1, temperature: 0.15}"
 
 
 class Arm(NamedTuple):
@@ -33,6 +34,7 @@ def all_arms(schedule_steps: int) -> dict[str, Arm]:
         ("dump_ucb", "DUMP as published", "{name: dump_ucb}", {}),
         ("dump_ucb_robust", "DUMP per prompt, with a floor", ROBUST, {}),
         ("robust_per_token", "the same, learnability per token", PER_TOKEN, {}),
+        ("robust_per_token_soft", "the same at temperature 0.15, not 0.05", SOFT, {}),
         ("cures", "CurES's prompts and budget, sources alike", "{name: uniform}", CURES),
         ("dump+cures+neyman", "DUMP as published, CurES's prompts and budget", "{name: dump_ucb}", CURES),
         ("robust_per_token+cures+neyman", "DUMP per token with a floor, CurES's prompts and budget", PER_TOKEN, CURES),

@@ -162,20 +162,30 @@ on_nodes() {
     exec srun --overlap --nodes="$count" --nodelist="$list" --ntasks="$count" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=1 --wait=60 --export=ALL --output="$attempt/%N$suffix" --open-mode=append \
         "${container[@]}" "${srun_options[@]}" \
-        bash -c "trap '' USR1; exec \"\$@\"" _ "$python" "$@" 2> >(tee -a "$attempt/srun.log" >&2)
+        bash -c "trap '' USR1; exec \"\$@\"" _ "$python" "$@" 2>>"$attempt/srun.log"
 }
+
+# Show what srun says from this line of its log on, while a step lasts. Not through a pipe, which may still hold what
+# count_failure looks for.
+show_srun() { tail -q -s 0.2 -n +"$1" -f --pid="$2" "$attempt/srun.log" >&2; }
+
+next_line() { echo $((1 + $(wc -l <"$attempt/srun.log"))); }
 
 join_by_comma() { local IFS=,; echo "$*"; }
 
 # Check the nodes, and the arguments. 0: go; 1: bad nodes, or something that may pass; 2: it can never run.
 preflight() {
-    local code=0 srun_options=(--kill-on-bad-exit=0) # each node says what it found
+    local code=0 line srun_options=(--kill-on-bad-exit=0) # each node says what it found
     [[ ${PREFLIGHT:-yes} != no ]] || return 0
+    line=$(next_line)
     on_nodes .preflight.log "${#nodes[@]}" "$node_list" tools/slurm/preflight.py --folder "$attempt/preflight" \
         --nodes "${#nodes[@]}" --training-nodes "${#trainers[@]}" --nproc "$nproc" --head "$head_ip:$((port + 1))" -- "${training[@]:1}" &
     step=$!
+    show_srun "$line" "$step" &
+    local said=$!
     wait_for "$step" || code=$?
     step=
+    wait "$said" || true
     cat "$attempt/$head_node.preflight.log"
     ((code != 0)) || return 0
     [[ ! -e $attempt/preflight/refused ]] || return 2
@@ -210,9 +220,13 @@ stop_ray() {
 
 # One run of the trainer on the chosen nodes, until it ends. Its rank 0's output is shown here as well.
 train() {
-    local code=0 log=$attempt/$head_node.log ray=()
+    local code=0 log=$attempt/$head_node.log line ray=()
+    line=$(next_line)
     if ((${#generators[@]})); then
-        start_ray || return 1
+        start_ray || {
+            tail -n +"$line" "$attempt/srun.log" >&2
+            return 1
+        }
         ray=(trainer.grpo.inference_backend.ray.enabled=true
             "trainer.grpo.inference_backend.ray.address=$head_ip:$((port + 2))")
     fi
@@ -224,9 +238,11 @@ train() {
     step=$!
     tail -n +1 -F --pid="$step" "$log" 2>/dev/null &
     local shown=$!
+    show_srun "$line" "$step" &
+    local said=$!
     wait_for "$step" || code=$?
     step=
-    wait "$shown" || true
+    wait "$shown" "$said" || true
     stop_ray
     return "$code"
 }

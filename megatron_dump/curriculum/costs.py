@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_dump.curriculum.estimators import LearnabilityEstimator
 
+LARGEST_RATIO = 4.0  # of costs: beyond it one source with short answers would take nearly every draw
 _NAMES = {"window_values": "length_values", "window_times": "length_times", "window_ranks": "length_ranks"}
 
 
@@ -23,12 +24,13 @@ class RolloutCosts:
         self._lengths.observe(sources, lengths, ages, now, places)
 
     def cheapness(self, exponent: float) -> np.ndarray:
-        """float64 [K]: (mean cost of the sources seen / a source's cost)^exponent; 1 for one that was not seen."""
+        """float64 [K]: (mean cost of the sources seen / a source's cost, within 1/4 and 4)^exponent; 1 if not seen."""
         cost = self._lengths.mean()
         seen = cost > 0
         if not seen.any():
             return np.ones(len(cost))
-        return np.where(seen, cost[seen].mean() / np.where(seen, cost, 1.0), 1.0) ** exponent
+        ratio = np.where(seen, cost[seen].mean() / np.where(seen, cost, 1.0), 1.0)
+        return np.clip(ratio, 1.0 / LARGEST_RATIO, LARGEST_RATIO) ** exponent
 
     def state_dict(self) -> dict[str, np.ndarray]:
         state = self._lengths.state_dict()

@@ -29,8 +29,8 @@ class DumpUCBRobust(Learner):
       `auto` takes the posterior where rewards are right or wrong: while a source has shown two values at the most.
     - n_d counts prompts, and each step multiplies it by `discount`: exploration does not die, and a source that was
       dull long ago is tried again. UCB_d = L_d + exploration * sqrt(2 ln(n_total + 1) / (n_d + 1)).
-    - `cost_exponent` above 0: UCB_d is multiplied by (mean length of all sources' rollouts / its own)^cost_exponent; at
-      1 it is what a generated token teaches, not what a rollout does.
+    - UCB_d is multiplied by (mean length of all sources' rollouts / its own, within 1/4 and 4)^cost_exponent: at 1
+      what counts is what a generated token teaches; at 0, the default, what a rollout does.
     - P = (1 - epsilon) softmax(UCB / temperature) + epsilon base, base being uniform or proportional to size.
     """
 

@@ -4,11 +4,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megatron_dump.rollout.pool import EnginePool
 from megatron_dump.rollout.pool_options import PoolOptions
 from tests.unit.pools import QUICK
 from tests.unit.toy_engine import ToyHandle
+
+# A busy machine is no failure: examples have no deadline.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -90,6 +90,8 @@ def test_results_of_recorded_runs(tmp_path):
     ends = [results.mean(arm)[:, -1] for arm in ("uniform", "dump_ucb")]
     assert results.ahead("dump_ucb").mean == pytest.approx(np.mean(ends[1] - ends[0]))
     assert results.worst("uniform")[1].mean == 0.0
+    assert results.behind("dump_ucb") == []
+    assert gather({"uniform": runs["dump_ucb"], "dump_ucb": runs["uniform"]}, 1500.0).behind("dump_ucb") != []
     assert results.final_greedy("uniform").mean == pytest.approx(0.3)
     assert results.spent["dump_ucb"]["uniform"].high < 1
     with pytest.raises(ValueError, match="same seeds"):

@@ -35,6 +35,7 @@ def write(results: Results, arms: Mapping[str, Arm], command: str, picture: str,
         "Accuracy is sampled at temperature 1, the mean over the sources' test puzzles; greedy beside it, of "
         f"{GREEDY_PROMPTS} of them. Worst source: the one furthest behind `{BASELINE}`, and by how much.",
         _ends(results),
+        _behind(results),
         "## By source, at the end",
         _sources(results),
     ]) + "\n"  # fmt: skip
@@ -77,6 +78,11 @@ def _ends(results: Results) -> str:
         sampled, gained, greedy = results.final(arm), results.gained(arm), results.final_greedy(arm)
         rows.append((f"`{arm}`", sampled.text(), gained.text("+.3f"), less, greedy.text(), worst))
     return _table(rows)
+
+
+def _behind(results: Results) -> str:
+    found = [f"`{arm}` on {', '.join(names)}" for arm in results.arms if (names := results.behind(arm))]
+    return f"Sources below `{BASELINE}` by more than their interval: {'; '.join(found) or 'none'}."
 
 
 def _sources(results: Results) -> str:

@@ -54,6 +54,11 @@ class Results:
         k = int(np.argmin([interval.mean for interval in behind]))
         return self.sources[k], behind[k]
 
+    def behind(self, arm: str) -> list[str]:
+        """Sources that end below the baseline by more than the half width of their interval."""
+        intervals = (self.of_source(arm, k)[1] for k in range(len(self.sources)))
+        return [name for name, less in zip(self.sources, intervals, strict=True) if less.mean < -less.half]
+
 
 def gather(runs: Mapping[str, Sequence[Measured]], budget: float) -> Results:
     """runs: arm -> its seeds in the same order for all. Only seeds that every arm has finished can be given."""

@@ -164,6 +164,16 @@ def test_dump_ucb_robust_counts_what_a_token_teaches_by_hand():
         np.testing.assert_allclose(policy.metrics()["ucb"], ucb * cheap, atol=1e-12)
 
 
+def test_a_source_counts_as_at_most_four_times_as_cheap():
+    """Answers of 1, 10 and 1,000 tokens: 337 tokens on average, so that two of the sources are out of bounds."""
+    policy = make({"name": "dump_ucb_robust", "learnability": "advantage"}, SourceSetting(("a", "b", "c"), (5, 5, 5)))
+    draw(policy, [0, 1, 2], rollouts=2)
+    told = outcomes(0, [0, 0, 1, 1, 2, 2], [0.5, -0.5] * 3, [0, 0, 1, 1, 2, 2])
+    policy.observe(dataclasses.replace(told, lengths=np.repeat([1, 10, 1000], 2)))
+    ucb = policy.metrics()["ucb"]
+    np.testing.assert_allclose(ucb / ucb[2], [4 / (337 / 1000), 4 / (337 / 1000), 1.0], rtol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------ single policies
 @settings(max_examples=50, deadline=None)
 @given(history=histories, cut=st.integers(0, 6))

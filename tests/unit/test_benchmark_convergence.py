@@ -22,6 +22,7 @@ from convergence_bench.measures import Measured, read, rising, spent_to_baseline
 from convergence_bench.results import gather  # noqa: E402
 
 from megatron_dump.curriculum.curriculum import Curriculum  # noqa: E402
+from megatron_dump.report.run import read_run  # noqa: E402
 from tests.unit.recorded_runs import write_run  # noqa: E402
 
 GRID = np.linspace(0.0, 100.0, 81)
@@ -72,8 +73,11 @@ def test_an_interval_holds_the_value_and_grows_with_the_spread_of_seeds():
 
 def finished(folder: Path, seed: int, gain: float) -> Measured:
     write_run(folder, 3, 20, seed, gain, tokens=100.0)
+    [*_, (_, last)] = read_run(folder).validations
     rows = {f"kk_logic_{n}": {"accuracy": {"value": n / 10}} for n in (2, 3, 4)}
-    (folder / "greedy.json").write_text(json.dumps({"files": {"validation": {"modes": {"greedy": {"sources": rows}}}}}))
+    sampled = {s: {"accuracy": {"value": last[f"val/{s}/accuracy"]}} for s in rows}
+    modes = {"greedy": {"sources": rows}, "sampled": {"sources": sampled}}
+    (folder / "evaluation.json").write_text(json.dumps({"files": {"validation": {"modes": modes}}}))
     return read(folder, seed)
 
 
@@ -119,7 +123,8 @@ def test_a_benchmark_runs_and_goes_on(tmp_path):
     assert "| `dump_ucb` |" in page and "## By source" in page and out.with_suffix(".png").stat().st_size > 10_000
     tokens = [json.loads(line).get("perf/generated_tokens", 0) for line in before.splitlines()]
     assert sum(tokens) >= 8000 > sum(tokens) - tokens[-2]
-    (out / "dump_ucb/1/greedy.json").unlink()
+    for name in ("evaluation.json", "outcome.json"):
+        (out / "dump_ucb/1" / name).unlink()
     again = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and (out / "uniform/1/metrics.jsonl").read_bytes() == before
     assert out.with_suffix(".md").read_text() == page

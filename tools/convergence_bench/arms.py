@@ -9,8 +9,8 @@ BASELINE, PUBLISHED = "uniform", "dump_ucb"  # what the others are compared with
 
 LEVELS = {"prompts": "{name: epoch}", "budget": "{name: fixed}", "filter": "{name: none}"}  # where an arm names none
 CURES = {"prompts": "{name: cures}", "budget": "{name: neyman}"}
-ROBUST = "{name: dump_ucb_robust, cost_exponent: 1, temperature: 0.15}"
-PER_ROLLOUT = "{name: dump_ucb_robust, cost_exponent: 0, temperature: 0.05}"
+ROBUST = "{name: dump_ucb_robust, cost_exponent: 0, temperature: 0.05}"
+PER_TOKEN = "{name: dump_ucb_robust, cost_exponent: 1, temperature: 0.15}"
 
 
 class Arm(NamedTuple):
@@ -31,8 +31,8 @@ def all_arms(schedule_steps: int) -> dict[str, Arm]:
         ("easy_to_hard", "a fixed schedule", schedule, {}),
         ("sec", "SEC", "{name: sec}", {}),
         ("dump_ucb", "DUMP as published", "{name: dump_ucb}", {}),
-        ("dump_ucb_robust", "DUMP per prompt and token, with a floor", ROBUST, {}),
-        ("robust_per_rollout", "the same per rollout, temperature 0.05", PER_ROLLOUT, {}),
+        ("dump_ucb_robust", "DUMP per prompt, with a floor", ROBUST, {}),
+        ("robust_per_token_soft", "the same per token, at temperature 0.15, not 0.05", PER_TOKEN, {}),
         ("cures", "CurES's prompts and budget, sources alike", "{name: uniform}", CURES),
         ("dump+cures+neyman", "DUMP as published, CurES's prompts and budget", "{name: dump_ucb}", CURES),
         ("dump+filter", "DUMP, groups that teach nothing replaced", "{name: dump_ucb}",

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convergence_bench.arms import Arm
 from kk.progress import bar
 
 ROOT = Path(__file__).resolve().parents[2]
-EVALUATION = "greedy.json"
-GREEDY_PROMPTS = 120  # of the test puzzles, from all sources in turn
+EVALUATION = "evaluation.json"
+SAMPLES = 4  # of each validation prompt, from the final weights; a validation under way takes one
 
 
 class JobError(RuntimeError):
@@ -48,20 +49,27 @@ class Job:
             raise JobError(f"{self.folder} holds a run with other settings: choose another --out, or move it away")
 
     def run(self, crew: Crew) -> None:
-        """Train until the tokens are spent (a run that was interrupted goes on), then evaluate greedily."""
+        """Train until the tokens are spent (a run that was interrupted goes on), then evaluate what came of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "job.json").write_text(json.dumps(self.overrides))
         settings = ["--config-name=kk_convergence", *self.overrides, f"exp_manager.explicit_log_dir={self.folder}"]
-        crew.call([str(ROOT / "examples/train_gpt_grpo.py"), *settings], self.folder / "log.txt")
-        outcome = json.loads((self.folder / "outcome.json").read_text())
-        if outcome["state"] != "finished":
+        if not self._trained():
+            crew.call([str(ROOT / "examples/train_gpt_grpo.py"), *settings], self.folder / "log.txt")
+        outcome = self._outcome()
+        if not self._trained():
             raise JobError(f"{self.folder}: {outcome['state']} at step {outcome['step']}: {outcome['reason']}")
         checkpoint = self.folder / f"checkpoints/step_{outcome['step']}"
         command = [str(ROOT / "examples/evaluate.py"), *settings, f"evaluate.checkpoint={checkpoint}"]
         part = self.folder / f"{EVALUATION}.part"
-        command += ["evaluate.modes=[greedy]", f"evaluate.num_prompts={GREEDY_PROMPTS}", f"evaluate.out={part}"]
+        command += [f"evaluate.samples_per_prompt={SAMPLES}", f"evaluate.out={part}"]
         crew.call(command, self.folder / "log.txt")
         part.replace(self.folder / EVALUATION)
+
+    def _outcome(self) -> dict[str, Any]:
+        return json.loads((self.folder / "outcome.json").read_text())
+
+    def _trained(self) -> bool:
+        return (self.folder / "outcome.json").exists() and self._outcome()["state"] == "finished"
 
 
 class Crew:

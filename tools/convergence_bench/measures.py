@@ -23,7 +23,7 @@ class Measured:
     seed: int
     sources: list[str]
     tokens: np.ndarray  # float64 [V]: generated up to each validation, refills and pre-rollouts included
-    accuracy: np.ndarray  # float64 [V, K]: sampled, on held-out prompts
+    accuracy: np.ndarray  # float64 [V, K]: sampled, on held-out prompts; the last with more samples than the others
     greedy: np.ndarray  # float64 [K]: at the end
     steps: int
 
@@ -34,10 +34,13 @@ def read(folder: Path, seed: int) -> Measured:
     spent = dict(zip([0, *run.steps], [0.0, *np.cumsum(run.series("perf/generated_tokens"))], strict=True))
     tested = [s for s in run.sources if any(f"val/{s}/accuracy" in row for _, row in run.validations)]
     accuracy = [[row[f"val/{s}/accuracy"] for s in tested] for _, row in run.validations]
-    [file] = json.loads((folder / "greedy.json").read_text())["files"].values()
-    greedy = np.array([file["modes"]["greedy"]["sources"][s]["accuracy"]["value"] for s in tested])
+    [file] = json.loads((folder / "evaluation.json").read_text())["files"].values()
+    greedy, sampled = (
+        np.array([file["modes"][mode]["sources"][s]["accuracy"]["value"] for s in tested])
+        for mode in ("greedy", "sampled")
+    )
     tokens = np.array([spent[step] for step, _ in run.validations])
-    return Measured(seed, tested, tokens, np.array(accuracy), greedy, run.steps[-1])
+    return Measured(seed, tested, tokens, np.array([*accuracy[:-1], sampled]), greedy, run.steps[-1])
 
 
 def curves(runs: Sequence[Measured], grid: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from convergence_bench.arms import BASELINE, PUBLISHED, Arm
-from convergence_bench.jobs import GREEDY_PROMPTS
+from convergence_bench.jobs import SAMPLES
 from convergence_bench.measures import Spent
 from convergence_bench.results import Results
 
@@ -32,8 +32,8 @@ def write(results: Results, arms: Mapping[str, Arm], command: str, picture: str,
         f"`{BASELINE}`'s has at the end of the budget; *not reached* is counted as more than the budget.",
         _spent(results, arms),
         "## At the end of the budget",
-        "Accuracy is sampled at temperature 1, the mean over the sources' test puzzles; greedy beside it, of "
-        f"{GREEDY_PROMPTS} of them. Worst source: the one furthest behind `{BASELINE}`, and by how much.",
+        f"Accuracy is sampled at temperature 1, {SAMPLES} samples a puzzle (one under way), the mean over the sources' "
+        f"validation puzzles; greedy beside it. Worst source: the one furthest behind `{BASELINE}`, and by how much.",
         _ends(results),
         _behind(results),
         "## By source, at the end",

@@ -35,7 +35,7 @@ POLICIES = {
         0.05 * np.array(SIZES) / sum(SIZES),
     ),
     "robust_post": ({"name": "dump_ucb_robust", "learnability": "posterior", "epsilon": 0.0, "discount": 0.0}, 0),
-    "robust_rollouts": ({"name": "dump_ucb_robust", "window": 4, "cost_exponent": 0.0}, 0.05 / K),
+    "robust_cost": ({"name": "dump_ucb_robust", "window": 4, "cost_exponent": 1.0}, 0.05 / K),
 }
 
 

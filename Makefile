@@ -1,4 +1,5 @@
 # make demo   set-up, data, training, report: everything, on two cores without a GPU
+# make figures   the demo, and README's pictures of it
 # make test   set-up and tests
 # make test-vllm   the same for generation with vLLM and Ray, in an environment of its own
 # make test-slurm   the launch script on a real Slurm cluster of fake nodes (root; installs Debian's packages)
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo test test-vllm test-integrations test-slurm soak slurm chromium lint clean
+.PHONY: venv data demo figures test test-vllm test-integrations test-slurm soak slurm chromium lint clean
 
 venv: $(VENV)/.installed
 
@@ -42,6 +43,11 @@ data/kk/test.parquet: | $(VENV)/.installed
 demo: venv data
 	@if [ -e results/kk_cpu ]; then mv results/kk_cpu results/kk_cpu.$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
+
+figures: demo chromium
+	cp results/kk_cpu/report.png docs/images/kk_cpu.png
+	chromium --headless --no-sandbox --disable-gpu --window-size=1200,2400 \
+		--screenshot=$(CURDIR)/docs/images/report.png file://$(CURDIR)/results/kk_cpu/report.html
 
 test: venv data $(VENV)/.gym
 	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu and not integrations" $(ARGS)

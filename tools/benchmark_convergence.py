@@ -1,6 +1,6 @@
 """Curricula on a language model at equal generated tokens: which learns how fast, with intervals over seeds.
 
-    python tools/benchmark_convergence.py                      # ten curricula × 5 seeds, 75 minutes on two cores
+    python tools/benchmark_convergence.py                      # ten curricula × 5 seeds, one to two hours on two cores
     python tools/benchmark_convergence.py --quick              # three of them, one seed, minutes: does it run?
     python tools/benchmark_convergence.py --arms uniform dump_ucb --seeds 1-3 model.optim.lr=1e-4
 

@@ -166,7 +166,8 @@ def test_dump_ucb_robust_counts_what_a_token_teaches_by_hand():
 
 def test_a_source_counts_as_at_most_four_times_as_cheap():
     """Answers of 1, 10 and 1,000 tokens: 337 tokens on average, so that two of the sources are out of bounds."""
-    policy = make({"name": "dump_ucb_robust", "learnability": "advantage"}, SourceSetting(("a", "b", "c"), (5, 5, 5)))
+    block = {"name": "dump_ucb_robust", "learnability": "advantage", "cost_exponent": 1.0}
+    policy = make(block, SourceSetting(("a", "b", "c"), (5, 5, 5)))
     draw(policy, [0, 1, 2], rollouts=2)
     told = outcomes(0, [0, 0, 1, 1, 2, 2], [0.5, -0.5] * 3, [0, 0, 1, 1, 2, 2])
     policy.observe(dataclasses.replace(told, lengths=np.repeat([1, 10, 1000], 2)))

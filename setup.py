@@ -16,8 +16,10 @@ setup(
     install_requires=[
         # With no GPU install torch's CPU build first: another package asking for torch would bring CUDA.
         "torch>=2.6",
-        "megatron-core>=0.16,<0.20",
+        "megatron-core>=0.16",  # actor/megatron_versions.py says which were tried
         "psutil",  # megatron-core's checkpoints import it without declaring it
+        # So does megatron-core from 0.18 on; torch's CUDA builds bring it, its CPU builds do not.
+        "triton; python_version >= '3.12' and sys_platform == 'linux'",
         "numpy",
         "pyarrow>=16",
         "hydra-core>=1.3",

@@ -21,9 +21,13 @@ class GroupStepAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        """The arguments that megatron-core gives to FusedAdam, from 0.17 on with `capturable` (by CUDA graphs)."""
         if not adam_w_mode:
             raise ValueError("model.optim: the CPU optimizer is AdamW; set decoupled_weight_decay=true")
+        if capturable:
+            raise ValueError("model.optim: the CPU optimizer runs in no CUDA graph; set optimizer_cuda_graph=false")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
     @torch.no_grad()

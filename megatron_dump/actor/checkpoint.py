@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from megatron_dump.actor import checkpoint_files as files
-from megatron_dump.actor import random_state
+from megatron_dump.actor import megatron_versions, random_state
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.checkpoint_write import Write
 from megatron_dump.actor.offload import optimizer_parts
@@ -118,9 +118,10 @@ class Checkpoints:
             pending.write.join()
             if pending.write.error is not None:
                 raise pending.write.error
-        pending.write.finish()
+        results = pending.write.gather()
         written = {name: entry for part in self._gather_json(pending.write.written) for name, entry in part.items()}
         with fail_together(f"checkpoint of step {pending.step}", device=self.actor.parallel.device):
+            pending.write.write_index(results)
             if self.actor.parallel.rank == 0:
                 files.publish(pending.partial, pending.step, pending.state, written)
                 for doomed in files.discard(self.folder, self._surplus()):
@@ -159,7 +160,7 @@ class Checkpoints:
         Generator states return only under the layout that they were saved under: every rank has its own.
         """
         path, state = self._path(step), self.state(step)
-        loaded = dist_checkpointing.load(sharded_state(self.actor, is_loading=True), str(path / "model"))
+        loaded = megatron_versions.load(sharded_state(self.actor, is_loading=True), path / "model")
         restore_state(self.actor, loaded, state["actor"]["version"])
         self.actor.scheduler.num_steps = 0  # megatron-core adds the saved steps to it
         self.actor.scheduler.load_state_dict(state["actor"]["scheduler"])

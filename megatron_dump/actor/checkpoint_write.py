@@ -1,31 +1,40 @@
-"""A rank's share of a checkpoint, written by a thread of the rank itself.
+"""A rank's share of a checkpoint, written by a thread of the rank itself; weights alone, written at once.
 
-megatron-core 0.16 writes from processes that it forks, and hands their results over in a manager process that every
-rank spawns (seconds, and 200 MB each: it imports everything again). Here one thread writes the same files with
-megatron-core's own function: a copy of the tensors in host memory is all that training waits for, nothing is forked
-beside CUDA's and the collectives' threads, and a killed rank takes its writer along. Serialising and writing release
-Python's global lock.
+megatron-core says which tensors there are and which rank writes which; torch.distributed.checkpoint's writer writes
+them. megatron-core's own asynchronous save is not used: it starts processes beside the collectives' threads, and from
+0.17 on it is deprecated in favour of another package's. Here a copy of the tensors in host memory is all that training
+waits for, nothing is forked, and a killed rank takes its writer along. Serialising and writing release Python's global
+lock.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import pathlib
-import queue
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dump.actor.checkpoint_files import Entries, entry, write_text
+
+
+def save(state: dict[str, Any], folder: pathlib.Path) -> None:
+    """Write `state` into `folder`, empty, and return when it is there. Collective."""
+    share = _Share([])
+    dist_checkpointing.save(state, str(folder), share)
+    share.write()
+    share.write_index(share.gather())
+    dist.barrier()
 
 
 class Write:
@@ -37,7 +46,7 @@ class Write:
         state: dict[str, Any],
         random_state: dict[str, Any],
         rank: int,
-        group: torch.distributed.ProcessGroup,
+        group: dist.ProcessGroup,
         live: list[torch.Tensor],
     ) -> None:
         """folder: an empty checkpoint; group: ranks that hold replicas and so share the work.
@@ -45,19 +54,10 @@ class Write:
         live: tensors that go on changing. What the state shares memory with them for is copied; none: nothing is, and
         `run` must end before they change.
         """
-        if not hasattr(filesystem_async, "_results_queue"):
-            raise AttributeError("megatron-core has no filesystem_async._results_queue; see actor/checkpoint_write.py")
-        filesystem_async._results_queue = queue.Queue()  # None would start the manager process
         self._folder, self._random = folder, folder / "random" / f"rank_{rank}.json"
         self._random_state = random_state
-        self._strategy = _Strategy("torch_dist", 1, thread_count=1)
-        request = dist_checkpointing.save(
-            state, str(folder / "model"), FullyParallelSaveStrategyWrapper(self._strategy, group),
-            async_sharded_save=True,
-        )  # fmt: skip
-        assert isinstance(request, AsyncRequest)
-        self._finalize: list[Callable[[], None]] = request.finalize_fns
-        self._buckets = _stage(self._strategy.writer.write_buckets or [], live)
+        self._share = _Share(live)
+        dist_checkpointing.save(state, str(folder / "model"), FullyParallelSaveStrategyWrapper(self._share, group))
         self.written: Entries = {}  # of this rank's files, once it is done
         self.error: BaseException | None = None
         self.ended = 0.0  # time.monotonic() when this rank's files were written
@@ -72,21 +72,9 @@ class Write:
     def run(self) -> None:
         """Write and synchronise this rank's files; what goes wrong is in `error`."""
         try:
-            writer, results = self._strategy.writer, queue.Queue()
-            write = inspect.unwrap(writer.write_preloaded_data)  # without its switch of the process's garbage collector
-            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-            counts: Any = queue.Queue()
-            for i, bucket in enumerate(self._buckets):
-                counts.put(i)
-                write(transforms, i, bucket, results, counts, use_fsync=True)
-            outcomes = dict(results.get_nowait() for _ in self._buckets)
-            for outcome in outcomes.values():
-                if isinstance(outcome, Exception):
-                    raise outcome
-            if writer.results_queue is not None:
-                writer.results_queue.put(outcomes)
+            self._share.write()
             write_text(self._random, json.dumps(self._random_state))
-            files = [pathlib.Path(path) for path, _, _ in self._buckets] + [self._random]
+            files = [*self._share.files, self._random]
             self.written = {f.relative_to(self._folder).as_posix(): entry(f) for f in files}
         except BaseException as error:  # noqa: BLE001 - every rank raises it, at the next poll
             self.error = error
@@ -99,36 +87,77 @@ class Write:
         if self._thread is not None:
             self._thread.join()
 
-    def finish(self) -> None:
-        """Let rank 0 write megatron-core's index, once every rank has written. Collective."""
-        for function in self._finalize:
-            function()
+    def gather(self) -> list[list[WriteResult]] | None:
+        """Where every rank has written what, on rank 0; None elsewhere. Collective."""
+        return self._share.gather()
+
+    def write_index(self, results: list[list[WriteResult]] | None) -> None:
+        """Rank 0, given what `gather` returned, writes the index by which a checkpoint is read; others do nothing."""
+        self._share.write_index(results)
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
-    """megatron-core's save, up to the writing."""
+class _Share(torch_dist.TorchDistSaveShardedStrategy):
+    """What this rank writes of a state: megatron-core's plan of it, with the tensors in host memory."""
 
-    writer: filesystem_async.FileSystemWriterAsync
+    def __init__(self, live: list[torch.Tensor]) -> None:
+        super().__init__("torch_dist", 1)
+        self._live = live
+        self._results: list[WriteResult] = []
+        self.files: list[pathlib.Path] = []  # that `write` has written
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer = writer
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
-        return request._replace(async_fn=None, async_fn_args=(), preload_fn=None)
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Any) -> None:
+        """Plan, and copy what goes on changing. megatron-core's save calls this where others write. Collective."""
+        rank = dist.get_rank()
+        named, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        self._planner = _Planner(flatten_state_dict=False)
+        self._planner.set_up_planner(torch_dist.mcore_to_pyt_state_dict(named, False), is_coordinator=rank == 0)
+        self._writer = FileSystemWriter(checkpoint_dir, sync_files=True)
+        self._writer.set_up_storage_writer(rank == 0)
+        plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
+        plans: Any = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(plan, plans)
+        self._metadata: Metadata | None = self._planner.create_global_plan(plans)[1] if rank == 0 else None
+        # The writer numbers files by a plan's place among all. megatron-core gives a tensor to one rank alone, so that
+        # the global plan takes nothing out of this one.
+        (*_, plan) = self._writer.prepare_global_plan([SavePlan([])] * rank + [plan])
+        self._plan = self._planner.finish_plan(plan)
+        self._planner.stage(self._plan, self._live)
+
+    def write(self) -> None:
+        """Write and synchronise this rank's file; there is none where it has nothing to write."""
+        if self._plan.items:
+            self._results = self._writer.write_data(self._plan, self._planner).value()
+        folder = pathlib.Path(self._writer.path)
+        self.files = [folder / name for name in {result.storage_data.relative_path for result in self._results}]
+
+    def gather(self) -> list[list[WriteResult]] | None:
+        results: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self._results, results)
+        return results
+
+    def write_index(self, results: list[list[WriteResult]] | None) -> None:
+        if results is not None:
+            assert self._metadata is not None
+            self._writer.finish(self._metadata, results)
 
 
-def _stage(buckets: list[Any], live: list[torch.Tensor]) -> list[Any]:
-    """The tensors in host memory, none of them one of `live`."""
-    changing = {tensor.untyped_storage().data_ptr() for tensor in live}
+class _Planner(torch_dist.MCoreSavePlanner):
+    """megatron-core's, from which the writer gets copies of tensors instead of the tensors."""
 
-    def on_host(tensor: torch.Tensor) -> torch.Tensor:
-        # From CUDA, torch copies without blocking into page-locked memory.
-        copy = tensor.untyped_storage().data_ptr() in changing
-        return tensor.to("cpu", non_blocking=True, copy=copy)
+    def stage(self, plan: SavePlan, live: list[torch.Tensor]) -> None:
+        """Copy the plan's tensors to host memory, all that are not there or are one of `live`."""
+        changing = {tensor.untyped_storage().data_ptr() for tensor in live}
 
-    staged = [
-        (path, key, (data, [(item, on_host(tensor)) for item, tensor in tensors]))
-        for path, key, (data, tensors) in buckets
-    ]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return staged
+        def on_host(data: Any) -> Any:
+            if not torch.is_tensor(data):
+                return data
+            # From CUDA, torch copies without blocking into page-locked memory.
+            copy = data.untyped_storage().data_ptr() in changing
+            return data.detach().to("cpu", non_blocking=True, copy=copy)
+
+        self._staged = {item.index: on_host(super(_Planner, self).resolve_data(item)) for item in plan.items}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._staged[write_item.index]

@@ -68,7 +68,7 @@ class _Source:
         """The folder's tensors that no rank wants; the same on every rank. Collective."""
         names = sorted(self.folder.entries)
         own = {name for _, rule in self.wanted for name in self._names(rule)}
-        wanted = all_gather_array(np.array([n in own for n in names], np.uint8), None, self.parallel.device).any(0)
+        wanted = np.any(all_gather_array(np.array([n in own for n in names], np.uint8), None, self.parallel.device), 0)
         return [n for n, is_wanted in zip(names, wanted, strict=True) if not is_wanted and not DERIVED.fullmatch(n)]
 
     def check(self, unexpected: list[str]) -> None:

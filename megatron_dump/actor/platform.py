@@ -3,7 +3,7 @@
 megatron-core has no CPU path. Everything it needs to run there is in this file: a table of patches, each with its
 reason and with what would let it go. `enable()` applies them once, in the process that trains, and does nothing where
 CUDA is present. A patch whose target has disappeared fails loudly: then upstream changed, and the reason must be
-looked at again. Shown with megatron-core 0.16.1.
+looked at again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_dump.actor import megatron_versions
 from megatron_dump.actor.adam import GroupStepAdam
 
 CPU = torch.device("cpu")
@@ -59,9 +60,11 @@ class Patch:
 def enable(local_rank: int = 0) -> Platform:
     """Select this process's device; on a machine without CUDA, patch torch and megatron-core once.
 
-    Raises AttributeError when a patch's target is gone (an unsupported megatron-core), ValueError when this node has
-    fewer GPUs than ranks.
+    Raises AttributeError when a patch's target is gone (an untried megatron-core), ImportError for one that is too old,
+    ValueError when this node has fewer GPUs than ranks.
     """
+    megatron_versions.check(warn=local_rank == 0)
+    megatron_versions.mend_router()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -71,8 +74,6 @@ def enable(local_rank: int = 0) -> Platform:
         torch.cuda.set_device(local_rank)
         if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
             _adam()  # without a fused Adam, CUDA has the same trouble as the CPU
-        if not importlib.util.find_spec("transformer_engine"):
-            _router()
         return Platform(torch.device("cuda", local_rank), "nccl")
     if not getattr(torch, "_megatron_dump_cpu", False):
         for patch in PATCHES:
@@ -190,13 +191,6 @@ def _adam() -> None:
     _replace(distributed, "USING_APEX_OPTIMIZER", True)
 
 
-def _router() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    if not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _all_to_all_splits() -> None:
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -223,8 +217,6 @@ PATCHES = (
           "functions that are replaced", "megatron-core can be told not to compile", _compilation),
     Patch("megatron.core.optimizer.Adam", "restoring the distributed optimizer from torch's Adam is broken upstream",
           "upstream restores torch.optim.AdamW", _adam),
-    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router looks for a name that only "
-          "Transformer Engine's import defines", "the name is None without it", _router),
     Patch("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", "all-to-all split sizes become "
           "numpy arrays only when they come from CUDA", "it converts CPU tensors too", _all_to_all_splits),
 )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,12 +72,11 @@ def _chunks(actor: MegatronGPTGRPOActor) -> list[tuple[str, torch.nn.Module]]:
 def _padding_kept(part: Any) -> Iterator[None]:
     """Inside the block the optimizer's buffers are gathered with the padding at the ends of their buckets.
 
-    Up to megatron-core 0.16 the gathering drops that padding while the slicing into parameters counts it, so that in a
+    megatron-core, up to 0.19 at least, drops that padding in gathering but counts it in slicing into parameters: in a
     buffer of several buckets (tied embeddings under pipeline parallelism, overlap_grad_reduce) other parameters' states
-    are saved from the second bucket on (Megatron-LM pull request 5077).
+    are saved from the second bucket on (Megatron-LM pull request 5077). `_verify` notices a version that differs.
     """
-    slicing = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if not isinstance(part, DistributedOptimizer) or "missing_elems_num" not in inspect.getsource(slicing):
+    if not isinstance(part, DistributedOptimizer):
         yield
         return
     part.get_parameter_state_dp_zero = functools.partial(_gather, part)

@@ -136,7 +136,7 @@ def share(tokens: np.ndarray, sampled: np.ndarray, unit: int, device: torch.devi
         for start, stop in _alike(own):
             block = np.full((stop - start, own[start]), -1)
             for line, row in zip(block, members[start:stop], strict=True):
-                n = rows.own[row]
+                n = int(rows.own[row])
                 line[:n] = append(row, prompt, n)
                 before[row, prompt + 1 : prompt + 1 + n] = line[:n]
             blocks.append(block.shape)

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dump.actor import megatron_versions
 from megatron_dump.actor.attention import SDPACoreAttention
 from megatron_dump.actor.swiglu import SwiGLUMLP
 
@@ -60,8 +61,7 @@ def _local_layer(config: TransformerConfig, experts: int | None, tensor_group: d
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if experts is None:
-        # megatron-core hands the group to its own class alone; others would take the process's global one.
-        layer.mlp = ModuleSpec(SwiGLUMLP, {"tp_group": tensor_group}, layer.mlp.submodules)
+        layer.mlp = megatron_versions.mlp_of(layer.mlp, SwiGLUMLP, tensor_group)
     return spec
 
 

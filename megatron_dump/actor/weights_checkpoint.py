@@ -7,17 +7,15 @@ megatron-core's own files: give it only checkpoints that you wrote.
 from __future__ import annotations
 
 import pathlib
-import queue
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
+from megatron_dump.actor import checkpoint_write, megatron_versions
 from megatron_dump.actor.architecture import Architecture
 from megatron_dump.actor.hf_files import some
 from megatron_dump.actor.parallel import Parallel
@@ -35,10 +33,7 @@ def save_weights(modules: Sequence[nn.Module], parallel: Parallel, path: str, re
         if parallel.rank == 0:
             folder.prepare()
             (folder.partial / _MODEL).mkdir()
-    if filesystem_async._results_queue is None:  # megatron-core would start a process on every rank for it
-        filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_state(modules), str(folder.partial / _MODEL))
-    dist.barrier()
+    checkpoint_write.save(_sharded_state(modules), folder.partial / _MODEL)
     with fail_together(f"saving {path}", device=parallel.device):
         if parallel.rank == 0:
             folder.publish()
@@ -52,7 +47,7 @@ def load_weights(modules: Sequence[nn.Module], arch: Architecture, parallel: Par
     state = _sharded_state(modules)
     with fail_together(f"loading {path}", device=parallel.device):
         _check(state, _stored(path), arch, path)
-    loaded = dist_checkpointing.load(state, str(pathlib.Path(path) / _MODEL))
+    loaded = megatron_versions.load(state, pathlib.Path(path) / _MODEL)
     for name, module in zip(state, modules, strict=True):
         module.load_state_dict(loaded[name])
 

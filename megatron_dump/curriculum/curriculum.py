@@ -176,7 +176,9 @@ class Curriculum:
 
     def alarms(self) -> dict[str, str]:
         """Source -> what is wrong: no right answer, and answers that cannot be read (guards.Alarm)."""
-        return {self.sources[k]: self._parts.alarm.message(k) for k in np.flatnonzero(self._parts.alarm.raised())}
+        return {
+            self.sources[k]: self._parts.alarm.message(k) for k in np.flatnonzero(self._parts.alarm.raised()).tolist()
+        }
 
     def metrics(self) -> dict[str, float]:
         """`curriculum/<source>/<name>`, for the log of the step completed last.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -69,16 +68,26 @@ def enable(local_rank: int = 0) -> Platform:
                 "start one rank a GPU, or set CUDA_VISIBLE_DEVICES= to run on CPU"
             )
         torch.cuda.set_device(local_rank)
-        if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
-            _adam()  # without a fused Adam, CUDA has the same trouble as the CPU
-        if not importlib.util.find_spec("transformer_engine"):
-            _router()
+        replace_missing_kernels()
         return Platform(torch.device("cuda", local_rank), "nccl")
     if not getattr(torch, "_megatron_dump_cpu", False):
         for patch in PATCHES:
             patch.apply()
         torch._megatron_dump_cpu = True
     return Platform(CPU, "gloo")
+
+
+def replace_missing_kernels() -> None:
+    """Without a fused Adam, and without Transformer Engine, CUDA has the same trouble as the CPU.
+
+    What there is, is megatron-core's answer: it has tried to import the very names it uses. A package's name says
+    less: PyPI's `apex` is not NVIDIA's.
+    """
+    import megatron.core.optimizer as optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _adam()
+    _router()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -84,10 +84,12 @@ def replace_missing_kernels() -> None:
     less: PyPI's `apex` is not NVIDIA's.
     """
     import megatron.core.optimizer as optimizer
+    import megatron.core.transformer.moe.moe_utils as moe_utils
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         _adam()
-    _router()
+    if not moe_utils.HAVE_TE:
+        _router()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -202,8 +204,18 @@ def _adam() -> None:
 def _router() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
-    if not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
+    moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gradient_norm() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+    from megatron.core import utils
+
+    for module in (clip_grads, optimizer):
+        _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    _replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
 
 
 def _all_to_all_splits() -> None:
@@ -232,8 +244,10 @@ PATCHES = (
           "functions that are replaced", "megatron-core can be told not to compile", _compilation),
     Patch("megatron.core.optimizer.Adam", "restoring the distributed optimizer from torch's Adam is broken upstream",
           "upstream restores torch.optim.AdamW", _adam),
-    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router looks for a name that only "
-          "Transformer Engine's import defines", "the name is None without it", _router),
+    Patch("megatron.core.optimizer: gradient norm and clipping", "they take kernels of Transformer Engine or Apex "
+          "where one is installed", "they look at the tensors' device", _gradient_norm),
+    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router takes Transformer Engine's, and looks "
+          "for its name also where it is not installed", "it looks at the tensors' device", _router),
     Patch("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", "all-to-all split sizes become "
           "numpy arrays only when they come from CUDA", "it converts CPU tensors too", _all_to_all_splits),
 )  # fmt: skip

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+ON_CPU = """
+from megatron_dump.actor import platform
+import megatron.core.optimizer as optimizer
+import megatron.core.optimizer.clip_grads as clip_grads
+assert clip_grads.l2_norm_impl == "a kernel"
+platform.enable()
+for found in (optimizer.Adam, clip_grads.l2_norm_impl, clip_grads.multi_tensor_applier):
+    print(f"{found.__module__}.{found.__name__}")
+"""
 # On a machine whose only GPU is one that torch.cuda claims to have.
-ENABLED = """
+ON_GPU = """
 import torch
 import megatron.core.optimizer as optimizer
 import megatron.core.optimizer.distrib_optimizer as distributed
@@ -23,7 +33,26 @@ assert moe_utils.te_general_gemm is None
 print(f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}")
 """
 OURS = "megatron_dump.actor.adam.GroupStepAdam"
-OPTIMIZERS = "class FusedAdam: ...\nclass FusedSGD: ...\n"
+APEX = {
+    "apex/__init__.py": "",
+    "apex/optimizers.py": "class FusedAdam: ...\nclass FusedSGD: ...\n",
+    "apex/multi_tensor_apply.py": "multi_tensor_applier = None\n",
+    "amp_C.py": "multi_tensor_scale = multi_tensor_l2norm = 'a kernel'\n",
+}
+
+
+def _run(program: str, files: dict[str, str], folder: pathlib.Path) -> list[str]:
+    """What a program prints where these modules are installed."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    path = os.pathsep.join([str(folder), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -31,18 +60,14 @@ OPTIMIZERS = "class FusedAdam: ...\nclass FusedSGD: ...\n"
     [
         ({"apex/__init__.py": "def includeme(config): ...\n"}, OURS),
         ({"apex/__init__.py": "import a_web_framework\n"}, OURS),
-        ({"apex/__init__.py": "", "apex/optimizers.py": OPTIMIZERS}, "apex.optimizers.FusedAdam"),
+        (APEX, "apex.optimizers.FusedAdam"),
     ],
     ids=["PyPI's apex", "PyPI's apex without what it imports", "NVIDIA's Apex"],
 )
 def test_our_adam_stands_in_unless_there_is_a_fused_one(files, adam, tmp_path):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    path = os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ENABLED],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == adam
+    assert _run(ON_GPU, files, tmp_path)[-1] == adam
+
+
+def test_a_cpu_uses_no_kernel_that_is_installed(tmp_path):
+    found = _run(ON_CPU, APEX, tmp_path)
+    assert found[-3:] == [OURS, *(f"megatron.core.utils.local_multi_tensor_{x}" for x in ("l2_norm", "applier"))]

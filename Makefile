@@ -6,6 +6,7 @@
 # make test-slurm   the launch script on a real Slurm cluster of fake nodes (root; installs Debian's packages)
 # make soak   twenty random kills of a run on that cluster; minutes to half an hour
 # make test-integrations   the curriculum inside verl and TRL, in an environment of its own
+# make test-te PYTHON=python3.12   Transformer Engine's layers as files, in an environment of its own (CUDA's toolkit)
 # make lint   ruff, pyright and Debian's shellcheck
 # make constraints   the newest versions of all packages for the Python given, into constraints/
 # PYTHON=python3.12 (3.10 to 3.13) chooses the interpreter; TORCH_INDEX=<URL> gives pip one more index of packages.
@@ -14,6 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENV_VLLM := .venv-vllm
 VENV_HOSTS := .venv-integrations
+VENV_TE := .venv-te
+CUDA_HOME ?= /usr/local/cuda
 RAY ?= ray[default]==2.60.0
 TORCH := torch==2.13.0
 VENV_NEWEST := .venv-newest
@@ -29,7 +32,8 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv constraints data demo figures test newest test-newest test-vllm test-integrations test-slurm soak slurm chromium lint clean
+.PHONY: venv constraints data demo figures test newest test-newest test-vllm test-integrations test-te test-slurm soak \
+	slurm chromium lint clean
 
 venv: $(VENV)/.installed-$(PY)
 
@@ -84,7 +88,7 @@ figures: demo chromium
 		--screenshot=$(CURDIR)/docs/images/report.png file://$(CURDIR)/results/kk_cpu/report.html
 
 test: venv data $(VENV)/.gym-$(PY)
-	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu and not integrations and not versions" $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 $(VENV_NEWEST)/.installed-%: setup.py constraints/%.txt
 	$(call install,$(VENV_NEWEST),$(NEWEST),dev)
@@ -146,8 +150,22 @@ $(VENV_HOSTS)/.installed: setup.py
 test-integrations: $(VENV_HOSTS)/.installed
 	$(VENV_HOSTS)/bin/python -m pytest -m integrations tests/integrations $(ARGS)
 
+# Transformer Engine's torch extension is compiled where no built one is found: CUDA's headers come with torch's wheels
+# and, those of nvcc, with the toolkit. What it is built for, and whether it has expert parallelism, is of no matter here.
+$(VENV_TE)/.installed-$(PY): setup.py constraints/$(PY).txt
+	$(call install,$(VENV_TE),$(INTERPRETER),dev)
+	$(VENV_TE)/bin/pip install -q wheel ninja pybind11
+	CUDA_HOME=$(CUDA_HOME) CPATH=$(CUDA_HOME)/include NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
+		NVTE_WITH_NCCL_EP=0 NVTE_CUDA_ARCHS=90 \
+		$(VENV_TE)/bin/pip install -q --no-build-isolation "transformer-engine[pytorch]==2.20.2"
+	touch $@
+
+# The last file trains on the CPU, with Transformer Engine there and not to be used.
+test-te: $(VENV_TE)/.installed-$(PY)
+	$(VENV_TE)/bin/python -m pytest tests/te tests/distributed/test_actor_models.py $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_HOSTS) data results build *.egg-info
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_HOSTS) $(VENV_TE) data results build *.egg-info

@@ -19,7 +19,6 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import common as strategies
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -50,15 +49,6 @@ def mlp_of(spec: Any, kind: type[MLP], tensor_group: torch.distributed.ProcessGr
     if VERSION < (0, 18):
         return ModuleSpec(kind, {"tp_group": tensor_group}, spec.submodules)
     return functools.partial(kind.as_mlp_submodule, submodules=spec.keywords["submodules"])
-
-
-def mend_router() -> None:
-    """Let the router of experts run without Transformer Engine.
-
-    Up to 0.16 it asks whether a name is None that only Transformer Engine's import defines.
-    """
-    if VERSION < (0, 17) and not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load(state: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dump.actor.architecture import Architecture
@@ -68,11 +69,19 @@ def transformer_config(
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
-        gradient_accumulation_fusion=False,  # Apex's kernel
+        gradient_accumulation_fusion=fused_weight_gradients(),
         masked_softmax_fusion=False,  # torch's attention has no use for it
         persist_layer_norm=False,
         **_expert_options(arch, options, fused),
     )
+
+
+def fused_weight_gradients() -> bool:
+    """Can linear layers add a weight's gradient to those of earlier micro-batches in the multiplication that makes it?
+
+    With Transformer Engine too, megatron-core asks for Apex's kernel: the output layer is its own.
+    """
+    return torch.cuda.is_available() and megatron_layers._grad_accum_fusion_available
 
 
 def _expert_options(arch: Architecture, options: ModelConfig, fused: bool) -> dict[str, Any]:

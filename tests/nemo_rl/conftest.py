@@ -40,11 +40,12 @@ def nemo_rl_folder():
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """NeMo-RL's loop takes rewards and refits through Ray's object store; no test starts an actor."""
+    """NeMo-RL's loop takes rewards and refits through Ray; its TransferQueue has two actors."""
     import ray
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}  # processes nobody wants
     os.environ |= {"RAY_raylet_start_wait_time_s": "300"}  # a busy machine takes more than Ray's minute
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20)
+    context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20)
+    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]  # NeMo-RL asks for "auto": not another Ray nearby
     yield
     ray.shutdown()

@@ -7,6 +7,7 @@
 # make soak   twenty random kills of a run on that cluster; minutes to half an hour
 # make test-integrations   the curriculum inside verl and TRL, in an environment of its own
 # make test-te PYTHON=python3.12   Transformer Engine's layers as files, in an environment of its own (CUDA's toolkit)
+# make test-nemo-rl NEMO_RL_DIR=…   the curriculum inside a checkout of NeMo-RL, in an environment of its own (Python 3.13)
 # make lint   ruff, pyright and Debian's shellcheck
 # make constraints   the newest versions of all packages for the Python given, into constraints/
 # PYTHON=python3.12 (3.10 to 3.13) chooses the interpreter; TORCH_INDEX=<URL> gives pip one more index of packages.
@@ -17,6 +18,7 @@ VENV_VLLM := .venv-vllm
 VENV_HOSTS := .venv-integrations
 VENV_TE := .venv-te
 CUDA_HOME ?= /usr/local/cuda
+VENV_NEMO_RL := .venv-nemo-rl
 RAY ?= ray[default]==2.60.0
 TORCH := torch==2.13.0
 VENV_NEWEST := .venv-newest
@@ -32,8 +34,8 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv constraints data demo figures test newest test-newest test-vllm test-integrations test-te test-slurm soak \
-	slurm chromium lint clean
+.PHONY: venv constraints data demo figures test newest test-newest test-vllm test-integrations test-te test-nemo-rl \
+	test-slurm soak slurm chromium lint clean
 
 venv: $(VENV)/.installed-$(PY)
 
@@ -164,8 +166,25 @@ $(VENV_TE)/.installed-$(PY): setup.py constraints/$(PY).txt
 test-te: $(VENV_TE)/.installed-$(PY)
 	$(VENV_TE)/bin/python -m pytest tests/te tests/distributed/test_actor_models.py $(ARGS)
 
+# NeMo-RL v0.6 to main asks for Python 3.13 and comes from git only: the packages below are those its driver imports
+# (decord: v0.6 alone), without vLLM and Megatron, which run in its workers.
+$(VENV_NEMO_RL)/.installed:
+	$(or $(call find_python,python3.13),$(error NeMo-RL needs Python 3.13, and none was found: install it, with pyenv or without)) \
+		-m venv $(VENV_NEMO_RL)
+	$(VENV_NEMO_RL)/bin/pip install -q "torch==2.14.1"
+	$(VENV_NEMO_RL)/bin/pip install -q "$(RAY)" "transformers==5.8.1" "torchdata==0.11.0" \
+		"TransferQueue==0.1.9" tensordict datasets accelerate "hydra-core>=1.3" omegaconf mlflow-skinny swanlab wandb \
+		tensorboard matplotlib pillow scipy soundfile prometheus-client psutil pyzmq decord pytest
+	touch $@
+
+test-nemo-rl:
+	@test -d "$(NEMO_RL_DIR)/nemo_rl" || { echo "NEMO_RL_DIR='$(NEMO_RL_DIR)' holds no folder nemo_rl:" \
+	    "git clone https://github.com/NVIDIA-NeMo/RL, check out v0.6.0, v0.7.0 or main, and set it to that folder" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV_NEMO_RL)/.installed
+	NEMO_RL_DIR="$(abspath $(NEMO_RL_DIR))" $(VENV_NEMO_RL)/bin/python -m pytest -m nemo_rl tests/nemo_rl $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && shellcheck launch_slurm.sh
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_HOSTS) $(VENV_TE) data results build *.egg-info
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_HOSTS) $(VENV_TE) $(VENV_NEMO_RL) data results build *.egg-info

@@ -53,14 +53,16 @@ class CurriculumBatches:
     def observe(self, rewards: Any, baseline: Any, std: Any, batch: Mapping[str, Any], begins: bool) -> None:
         """Learn from all rollouts of the batch that is out, in its order, each prompt's together.
 
-        rewards, baseline, std: tensors [P * G]; batch: the columns task_name, idx and truncated, where there are any.
-        The advantage is NeMo-RL's own: reward - baseline, over std + 1e-6 where rewards are normalised and std > 0
-        (GRPOAdvantageEstimator). RuntimeError if no batch is out or these are not its rollouts.
+        rewards, baseline, std: tensors [P * G]; batch: the columns task_name, idx, truncated and unshaped_total_reward,
+        where there are any. The advantage is NeMo-RL's own: reward - baseline, over std + 1e-6 where rewards are
+        normalised and std > 0 (GRPOAdvantageEstimator). RuntimeError if no batch is out or these are not its rollouts.
         """
         if self._out is None:
             raise RuntimeError(f"{KEY}: rollouts came without a batch that is out; is the curriculum attached twice?")
         self._check_order(len(rewards), batch)
         values, base, spread = (np.asarray(tensor.tolist(), np.float64) for tensor in (rewards, baseline, std))
+        if "unshaped_total_reward" in batch:  # from v0.7 on `std` may be that of rewards before they were shaped
+            spread = self._spread(values, base)
         advantages = values - base
         if self._settings.normalize:
             np.divide(advantages, spread + 1e-6, out=advantages, where=spread > 0)
@@ -68,6 +70,14 @@ class CurriculumBatches:
         self.hosted.learn(values, advantages, finished=finished)
         self._out = None
         self.steps += begins
+
+    def _spread(self, rewards: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+        """Standard deviation [P * G] of the rewards that a rollout's baseline is the mean of. Both arrays: [P * G]."""
+        left_out = int(self._settings.leave_one_out)
+        n = self._settings.group_size - left_out
+        squares = (rewards**2).reshape(-1, self._settings.group_size)
+        mean = (squares.sum(axis=1, keepdims=True) - left_out * squares).reshape(-1) / n
+        return np.sqrt(np.maximum(mean - baseline**2, 0) * n / max(n - 1, 1))
 
     def _check_order(self, n_rollouts: int, batch: Mapping[str, Any]) -> None:
         assert self._out is not None

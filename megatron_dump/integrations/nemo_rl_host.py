@@ -46,6 +46,7 @@ class Settings:
     group_size: int  # rollouts of every prompt
     max_steps: int
     normalize: bool  # advantages are divided by their group's standard deviation
+    leave_one_out: bool  # a rollout's baseline is the mean of the others in its group
     dynamic_sampling: bool  # groups of like rewards are replaced by further batches
     transfer_queue: bool  # grpo_train_sync trains, not grpo_train
 
@@ -124,6 +125,7 @@ def read_settings(master_config: Any, tasks: Collection[str]) -> Settings:
         group_size=grpo["num_generations_per_prompt"],
         max_steps=grpo["max_num_steps"],
         normalize=bool(estimator.get("normalize_rewards", grpo["normalize_rewards"])),
+        leave_one_out=bool(grpo.get("use_leave_one_out_baseline", True)),
         dynamic_sampling=bool(grpo["use_dynamic_sampling"]),
         transfer_queue=bool((config.get("data_plane") or {}).get("enabled")),
     )

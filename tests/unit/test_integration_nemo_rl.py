@@ -15,11 +15,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from megatron_dump.curriculum import Curriculum
 from megatron_dump.integrations import nemo_rl, nemo_rl_host
 from megatron_dump.integrations.raw_rows import fingerprint_of_rows
+from tests.integrations.hosts import Log
 from tests.unit import nemo_rl_contract as contract
 from tests.unit.curricula import outcomes
 
@@ -148,6 +150,25 @@ def test_nemo_rl_against_recorded_signatures_feedback_comes_before_the_filter(mo
     steps = [step for step, _ in logged]
     assert steps == sorted(steps) and steps[-1] < len(seen)  # steps of the trainer: some took several batches
     assert any(metrics.get("curriculum/math-easy/frac_zero_std") == 1.0 for _, metrics in logged)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_nemo_rl_against_recorded_signatures_advantages_are_of_shaped_rewards(monkeypatch, tmp_path, others):
+    """v0.7 filters by the deviation of rewards before they are shaped, and trains with the one after."""
+    host = contract.install_modules(monkeypatch)
+    config = contract.master_config(tmp_path, DUMP, use_leave_one_out_baseline=others)
+    parts = contract.setup(config, None, contract.datasets(), None)
+    batches = nemo_rl.attach(config, parts[2], parts[5], parts[4])
+    log = Log(batches.hosted.curriculum)
+    repeated, prompts = contract._rollouts(next(parts[2]), varied, 0)
+    raw = repeated["unshaped_total_reward"] = repeated["total_reward"]
+    shaped = repeated["total_reward"] = raw - torch.tensor([0.0, 0.0, 0.0, 0.5]).repeat(contract.PROMPTS)
+    before, after = (
+        contract.calculate_baseline_and_std_per_prompt(prompts, rewards, None, others) for rewards in (raw, shaped)
+    )
+    host["nemo_rl.algorithms.grpo"].dynamic_sampling(repeated, before[1], after[0], 1, config, None)
+    expected = (shaped - after[0]) / torch.where(after[1] > 0, after[1] + 1e-6, 1.0)
+    assert log.outcomes[0].advantages == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("sync", [False, True])

@@ -162,9 +162,9 @@ $(VENV_TE)/.installed-$(PY): setup.py constraints/$(PY).txt
 		$(VENV_TE)/bin/pip install -q --no-build-isolation "transformer-engine[pytorch]==2.20.2"
 	touch $@
 
-# The last file trains on the CPU, with Transformer Engine there and not to be used.
+# The last files train on the CPU, with Transformer Engine there and not to be used.
 test-te: $(VENV_TE)/.installed-$(PY)
-	$(VENV_TE)/bin/python -m pytest tests/te tests/distributed/test_actor_models.py $(ARGS)
+	$(VENV_TE)/bin/python -m pytest tests/te tests/distributed/test_actor.py tests/distributed/test_actor_models.py $(ARGS)
 
 # NeMo-RL v0.6 to main asks for Python 3.13 and comes from git only: the packages below are those its driver imports
 # (decord: v0.6 alone), without vLLM and Megatron, which run in its workers.

@@ -218,6 +218,8 @@ def _gradient_norm() -> None:
         _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
         _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
     _replace(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    # From 0.17 on a kernel of Transformer Engine alone, whose presence makes the norm a tensor.
+    clip_grads.multi_tensor_scale_tensor_impl = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _all_to_all_splits() -> None:

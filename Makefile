@@ -34,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
 export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv constraints data demo figures test newest test-newest test-vllm test-integrations test-te test-nemo-rl \
+.PHONY: venv constraints data demo figures test newest venv-newest test-newest test-vllm test-integrations test-te test-nemo-rl \
 	test-slurm soak slurm chromium lint clean
 
 venv: $(VENV)/.installed-$(PY)
@@ -104,8 +104,10 @@ $(VENV_NEWEST)/megatron-core-%:
 newest:
 	@echo $(NEWEST)
 
-test-newest: $(if $(NEWEST),$(VENV_NEWEST)/.installed-$(call version_of,$(NEWEST)) $(VERSIONS:%=$(VENV_NEWEST)/megatron-core-%))
-	@[ -n "$(NEWEST)" ] || { echo "make test-newest: no Python 3.12 or 3.13 found; install one, with pyenv or without"; exit 1; }
+venv-newest: $(if $(NEWEST),$(VENV_NEWEST)/.installed-$(call version_of,$(NEWEST)) $(VERSIONS:%=$(VENV_NEWEST)/megatron-core-%))
+	@[ -n "$(NEWEST)" ] || { echo "no Python 3.12 or 3.13 found: install one, with pyenv or without"; exit 1; }
+
+test-newest: venv-newest
 	$(VENV_NEWEST)/bin/python -m pytest tests/distributed tests/test_architecture.py $(ARGS)
 	$(VENV_NEWEST)/bin/python -m pytest --collect-only tests/gpu
 	OTHER_MEGATRON_CORES="$(VERSIONS:%=$(CURDIR)/$(VENV_NEWEST)/megatron-core-%)" \

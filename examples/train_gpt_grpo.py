@@ -27,9 +27,11 @@ from megatron_dump.stopping import STOP, Outcome, StopSignal
 
 CONF = pathlib.Path(__file__).resolve().parent / "conf"
 OPEN_BLOCKS = (
-    "trainer.grpo.curriculum", "model.data.rewards", "exp_manager.wandb_logger_kwargs",
+    "trainer.grpo.curriculum",
+    "model.data.rewards",
+    "exp_manager.wandb_logger_kwargs",
     "trainer.grpo.inference_backend.vllm",
-)  # fmt: skip
+)
 # Errors of the input. Others of the system, such as a full disk, may pass.
 LASTING = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 

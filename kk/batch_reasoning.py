@@ -43,8 +43,11 @@ def _fitting(space: Space) -> Array:
     out = np.zeros(kind.shape, np.uint8)
     for combination in range(8):
         a, b = (combination >> 1 & 1) ^ first_lies, (combination >> 2 & 1) ^ second_lies
-        true = np.select([kind == NOT, kind == AND, kind == OR, kind == IF, kind == IFF],
-                         [1 - a, a & b, a | b, (1 - a) | b, 1 - (a ^ b)], a)  # fmt: skip
+        true = np.select(
+            [kind == NOT, kind == AND, kind == OR, kind == IF, kind == IFF],
+            [1 - a, a & b, a | b, (1 - a) | b, 1 - (a ^ b)],
+            a,
+        )
         out |= ((true == (combination & 1)) << combination).astype(np.uint8)
     return out
 

@@ -111,9 +111,12 @@ class _BatchChunk:
             places = np.flatnonzero(roles == r)
             at = rows[places]
             made = _renderer(self.spec, r).lines(
-                self.codes[at], self.solution[at], self.dress.people[at], self.dress.frames[at],
+                self.codes[at],
+                self.solution[at],
+                self.dress.people[at],
+                self.dress.frames[at],
                 steps if steps is None else steps.of(places, len(rows)),
-            )  # fmt: skip
+            )
             for place, line in zip(places.tolist(), made):
                 out[place] = line
         return out

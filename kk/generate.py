@@ -99,15 +99,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-per-size", type=int, default=100, help="test puzzles a size (default: %(default)s)")
     add("--seed", type=int, default=1234, help="each size has its own stream of this seed (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder for train/ and test/")
-    add("--split", nargs="?", const="both", default="both", choices=("both", *SPLITS, "none"),
-        help="sides to write; none: a file a size of all puzzles, whatever their side (default: both)")  # fmt: skip
-    add("--distinct", choices=DISTINCT, default="puzzle",
-        help="no two rows of a file alike in statements and names, or in class (default: %(default)s)")  # fmt: skip
+    add(
+        "--split",
+        nargs="?",
+        const="both",
+        default="both",
+        choices=("both", *SPLITS, "none"),
+        help="sides to write; none: a file a size of all puzzles, whatever their side (default: both)",
+    )
+    add(
+        "--distinct",
+        choices=DISTINCT,
+        default="puzzle",
+        help="no two rows of a file alike in statements and names, or in class (default: %(default)s)",
+    )
     add("--workers", type=int, default=1, help="processes; the files do not depend on it (default: %(default)s)")
     add("--names", type=int, help="use the first so many names, also generated ones (default: 60, or the people)")
     add("--frames", type=int, default=len(FRAMES), help="and sentence frames (default: all %(default)s)")
-    add("--roles", default="knight/knave", help="words such as saint/sinner; of several with commas each puzzle draws "
-        "one; all: the published pairs (default: %(default)s)")  # fmt: skip
+    add(
+        "--roles",
+        default="knight/knave",
+        help="words such as saint/sinner; of several with commas each puzzle draws "
+        "one; all: the published pairs (default: %(default)s)",
+    )
     add("--depth", type=int, default=2, help="levels of nesting of statements (default: %(default)s)")
     add("--width", type=int, default=2, help='most operands of "and" and "or" (default: %(default)s)')
     add("--no-constants", action="store_true", help="no self-contradictions and tautologies")
@@ -119,9 +133,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def streams(args: argparse.Namespace, workers: Workers | None = None) -> list[Stream]:
     """One stream a size. ValueError for what cannot be made."""
     per_side = {"train": args.per_size, "test": args.test_per_size}
-    wanted = {ANY: args.per_size} if args.split == "none" else {
-        side: count for side, count in per_side.items() if args.split in ("both", side)
-    }  # fmt: skip
+    wanted = (
+        {ANY: args.per_size}
+        if args.split == "none"
+        else {side: count for side, count in per_side.items() if args.split in ("both", side)}
+    )
     for option, value in (("--per-size", args.per_size), ("--test-per-size", args.test_per_size)):
         if value < 0:
             raise ValueError(f"{option} {value}: must be at least 0")

@@ -29,8 +29,18 @@ _PLAIN = re.compile(r"(?P<system>The user asks a question, (?s:.*))\n\nUser:(?P<
 # What only a chat template may put into a prompt.
 TEMPLATE_TEXT = re.compile(r"<\|[\w ]+\|>|\[/?INST\]|<(?:start|end)_of_turn>|\nAssistant:")
 
-_COLUMNS = ("prompt", "reward_model", "extra_info", "quiz", "names", "knight_knave", "solution", "index",
-            "solution_text_format", "statements")  # fmt: skip
+_COLUMNS = (
+    "prompt",
+    "reward_model",
+    "extra_info",
+    "quiz",
+    "names",
+    "knight_knave",
+    "solution",
+    "index",
+    "solution_text_format",
+    "statements",
+)
 COT = ("cot_head", "cot_repeat_steps", "cot_foot")  # a solution in words: text, list of texts, text
 
 
@@ -80,9 +90,14 @@ def imported(row: Mapping[str, Any], number: int = 0) -> Imported:
     if not isinstance(index, int) or isinstance(index, bool) or abs(index) >= 1 << 63:
         raise Unread(f"index is {index!r:.60}, not an integer")
     puzzle = {
-        "quiz": quiz, "names": names, "knight_knave": words, "solution": roles,
-        "solution_text_format": listing, "statements": statements, "index": index,
-    }  # fmt: skip
+        "quiz": quiz,
+        "names": names,
+        "knight_knave": words,
+        "solution": roles,
+        "solution_text_format": listing,
+        "statements": statements,
+        "index": index,
+    }
     if all(row.get(field) is not None for field in COT):
         puzzle |= {field: row[field] for field in COT}
     split = info.get("split")

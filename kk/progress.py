@@ -23,9 +23,13 @@ def bar(show: bool = True, auto_refresh: bool = True) -> Progress:
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(
-        *columns, console=console, transient=True, auto_refresh=auto_refresh, redirect_stdout=sys.stdout.isatty(),
+        *columns,
+        console=console,
+        transient=True,
+        auto_refresh=auto_refresh,
+        redirect_stdout=sys.stdout.isatty(),
         disable=not (show and console.is_terminal),
-    )  # fmt: skip
+    )
 
 
 def each(items: Sequence[Item], what: str, show: bool = True) -> Iterator[Item]:

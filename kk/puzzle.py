@@ -21,6 +21,21 @@ from kk.solver import solve, truth_table, unique_solution
 from kk.split import class_of, meaning, split_of
 
 __all__ = [
-    "KINDS", "OPERATORS", "PUBLISHED", "Grammar", "Statement", "Statements", "all_statements", "canonical", "class_of",
-    "depth", "leaves", "meaning", "random_statements", "solve", "split_of", "truth_table", "unique_solution",
-]  # fmt: skip
+    "KINDS",
+    "OPERATORS",
+    "PUBLISHED",
+    "Grammar",
+    "Statement",
+    "Statements",
+    "all_statements",
+    "canonical",
+    "class_of",
+    "depth",
+    "leaves",
+    "meaning",
+    "random_statements",
+    "solve",
+    "split_of",
+    "truth_table",
+    "unique_solution",
+]

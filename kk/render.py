@@ -111,9 +111,15 @@ class Renderer:
         numbers = np.broadcast_to(self.number + np.arange(n), clauses.shape)
         numbered = np.stack([numbers, self.clause + clauses], axis=2)
         heads = [
-            same(self.begin), self.listed + people, said.reshape(count, 4 * n), same(self.names), self.named + people,
-            self.truth + solution, self.told + clauses, numbered.reshape(count, 2 * n),
-        ]  # fmt: skip
+            same(self.begin),
+            self.listed + people,
+            said.reshape(count, 4 * n),
+            same(self.names),
+            self.named + people,
+            self.truth + solution,
+            self.told + clauses,
+            numbered.reshape(count, 2 * n),
+        ]
         tails = [same(self.statements), self.stated + codes]
         head, tail = self._joined(np.concatenate(heads, axis=1)), self._joined(np.concatenate(tails, axis=1))
         if steps is None:

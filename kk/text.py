@@ -13,9 +13,21 @@ from kk.names import NAMES
 from kk.reasoning import CLASH, FORCED, REVERSE, SUPPOSE, Step
 
 __all__ = [
-    "FRAMES", "KNIGHTS", "KNIGHT_KNAVE", "NAMES", "Roles", "claim_text", "listing", "parse_roles", "quiz_text", "role",
-    "solution_text", "solution_text_format", "spoken", "step_text",
-]  # fmt: skip
+    "FRAMES",
+    "KNIGHTS",
+    "KNIGHT_KNAVE",
+    "NAMES",
+    "Roles",
+    "claim_text",
+    "listing",
+    "parse_roles",
+    "quiz_text",
+    "role",
+    "solution_text",
+    "solution_text_format",
+    "spoken",
+    "step_text",
+]
 
 # {claim} stands inside a sentence ("if ..."), {Claim} begins one ("If ..."): both differ only for implications.
 FRAMES = (

@@ -30,8 +30,17 @@ from kk.split import class_of
 from kk.verify_rows import Fault, Puzzle, check_puzzle, read_puzzle
 
 _SIDES = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev|eval)(?![a-z])")
-_COLUMNS = ("quiz", "names", "knight_knave", "solution", "solution_text", "solution_text_format", "statements",
-            "reward_model", "extra_info")  # fmt: skip
+_COLUMNS = (
+    "quiz",
+    "names",
+    "knight_knave",
+    "solution",
+    "solution_text",
+    "solution_text_format",
+    "statements",
+    "reward_model",
+    "extra_info",
+)
 
 
 def side_of(path: Path, split: str | None) -> str:

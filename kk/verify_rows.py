@@ -49,8 +49,14 @@ def read_puzzle(row: Mapping[str, Any]) -> Puzzle:
         if value is not None and not isinstance(value, str):
             raise Fault("schema", f"{field} is {value!r:.60}, not a text")
     split = info.get("split")
-    return Puzzle(names, solution, _statements(truth.get("statements"), len(names)), split if split else None,
-                  {field: value for field, value in texts.items() if value is not None}, roles)  # fmt: skip
+    return Puzzle(
+        names,
+        solution,
+        _statements(truth.get("statements"), len(names)),
+        split if split else None,
+        {field: value for field, value in texts.items() if value is not None},
+        roles,
+    )
 
 
 def _roles(words: Any) -> tuple[str, str]:

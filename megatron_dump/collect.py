@@ -141,8 +141,15 @@ def sample_rows(rollouts: Rollouts) -> list[dict[str, object]]:
     first: dict[str, dict[str, object]] = {}
     for completion, score in zip(rollouts.completions, rollouts.scores, strict=True):
         prompt = rollouts.prompts[completion.group_id]
-        first.setdefault(prompt.source, {
-            "source": prompt.source, "prompt": prompt.text, "completion": completion.text,
-            "reward": score.reward, "correct": score.correct, "reason": score.reason,
-        })  # fmt: skip
+        first.setdefault(
+            prompt.source,
+            {
+                "source": prompt.source,
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "reward": score.reward,
+                "correct": score.correct,
+                "reason": score.reason,
+            },
+        )
     return list(first.values())

@@ -20,10 +20,13 @@ from rich.text import Text
 
 PHASES = ("draw", "gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "sync", "step")
 HEADLINE = (  # label, metric key, format
-    ("reward", "critic/score/mean", ".3f"), ("accuracy", "train/accuracy", ".3f"),
-    ("len", "response_length/mean", ".0f"), ("kl", "actor/kl_loss", ".4f"),
-    ("grad_norm", "actor/grad_norm", ".3f"), ("seconds", "timing_s/step", ".1f"),
-)  # fmt: skip
+    ("reward", "critic/score/mean", ".3f"),
+    ("accuracy", "train/accuracy", ".3f"),
+    ("len", "response_length/mean", ".0f"),
+    ("kl", "actor/kl_loss", ".4f"),
+    ("grad_norm", "actor/grad_norm", ".3f"),
+    ("seconds", "timing_s/step", ".1f"),
+)
 PLAIN_TABLE_EVERY = 5  # steps between two tables when the output is a file
 PLAIN_ROWS = 24  # sources of such a table
 TOKENS = "perf/generated_tokens"

@@ -76,8 +76,11 @@ def evaluate_policy(
                 files[name]["modes"][mode] = tabulate(sampled.outcomes, votes, dataset.sources, n, wanted, key)
     finally:
         scorer.close()
-    settings = dataclasses.asdict(wanted) | {"k": wanted.ks, "seed": config.model.seed,
-                                             "sampling": dataclasses.asdict(options)}  # fmt: skip
+    settings = dataclasses.asdict(wanted) | {
+        "k": wanted.ks,
+        "seed": config.model.seed,
+        "sampling": dataclasses.asdict(options),
+    }
     checkpoint = None if wanted.checkpoint is None else str(pathlib.Path(wanted.checkpoint).resolve())  # a link's own
     return {"model": path, "checkpoint": checkpoint, "settings": settings, "files": files}
 

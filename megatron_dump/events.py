@@ -21,19 +21,28 @@ def dropped(step: int, outcomes: Outcomes, sources: Sequence[str]) -> list[Event
     missing = ~np.isfinite(outcomes.advantages)
     counts = np.bincount(outcomes.source_ids[missing], minlength=len(sources))
     return [
-        _event(step, "dropped", sources[k], f"{counts[k]} rollouts without a finite reward: dropped, nothing learns "
-               "from them; look at the source's reward function")
+        _event(
+            step,
+            "dropped",
+            sources[k],
+            f"{counts[k]} rollouts without a finite reward: dropped, nothing learns "
+            "from them; look at the source's reward function",
+        )
         for k in map(int, np.flatnonzero(counts))
-    ]  # fmt: skip
+    ]
 
 
 def reward_faults(step: int, faults: Mapping[str, tuple[int, int]]) -> list[Event]:
     """Responses that could not be judged: source -> (time-outs, crashes)."""
     return [
-        _event(step, "reward_fault", source, f"{timeouts} responses took the reward function too long, {crashes} "
-               "crashed it (model.data.reward_workers)")
+        _event(
+            step,
+            "reward_fault",
+            source,
+            f"{timeouts} responses took the reward function too long, {crashes} crashed it (model.data.reward_workers)",
+        )
         for source, (timeouts, crashes) in faults.items()
-    ]  # fmt: skip
+    ]
 
 
 def short_batch(

@@ -14,9 +14,16 @@ from megatron_dump.advantages import ADVANTAGE_ESTIMATORS, LOSS_AGG_MODES, group
 from megatron_dump.kl import KL_PENALTY_TYPES, LOG_RATIO_MAX, kl_estimate
 
 __all__ = [
-    "ADVANTAGE_ESTIMATORS", "KL_PENALTY_TYPES", "LOSS_AGG_MODES", "LOSS_MODES", "LossOptions", "group_advantages",
-    "kl_estimate", "loss_weights", "policy_loss",
-]  # fmt: skip
+    "ADVANTAGE_ESTIMATORS",
+    "KL_PENALTY_TYPES",
+    "LOSS_AGG_MODES",
+    "LOSS_MODES",
+    "LossOptions",
+    "group_advantages",
+    "kl_estimate",
+    "loss_weights",
+    "policy_loss",
+]
 
 LOSS_MODES = ("vanilla", "gspo", "cispo")  # verl's names (policy_loss.loss_mode)
 

@@ -16,9 +16,15 @@ class Actor(Protocol):
 
     version: int
 
-    def make_batch(self, prompts: Sequence[np.ndarray], completions: Sequence[Completion], advantages: np.ndarray,
-                   global_tokens: float, weights: np.ndarray | None = None,
-                   n_rows: int | None = None) -> TrainBatch: ...  # fmt: skip
+    def make_batch(
+        self,
+        prompts: Sequence[np.ndarray],
+        completions: Sequence[Completion],
+        advantages: np.ndarray,
+        global_tokens: float,
+        weights: np.ndarray | None = None,
+        n_rows: int | None = None,
+    ) -> TrainBatch: ...
 
     def compute_logprobs(self, batch: TrainBatch, reference: bool = False) -> np.ndarray | None: ...
 

@@ -86,9 +86,12 @@ class Cluster:
                 self.release(group)
                 raise RuntimeError(
                     f"{what}: Ray cannot reserve {len(bundles)} × {dict(bundles[0])} ({strategy}); "
-                    + (f"too much for the cluster: {', '.join(short)}" if short else "others use the cluster, or a "
-                       f"bundle fits no node; free: {_free(needed)}")
-                )  # fmt: skip
+                    + (
+                        f"too much for the cluster: {', '.join(short)}"
+                        if short
+                        else f"others use the cluster, or a bundle fits no node; free: {_free(needed)}"
+                    )
+                )
         return group
 
     def release(self, group: Any) -> None:

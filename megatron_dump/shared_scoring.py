@@ -40,8 +40,9 @@ class SharedScorer:
         device, mine = self.replica.device, b""
         with fail_together(what, device=device):
             if self.replica.is_lead:
-                rows = [(self.sources.index((p := prompts[c.group_id]).source), c.text, p.ground_truth)
-                        for c in completions]  # fmt: skip
+                rows = [
+                    (self.sources.index((p := prompts[c.group_id]).source), c.text, p.ground_truth) for c in completions
+                ]
                 mine = zlib.compress(json.dumps(rows).encode())
         everything = [json.loads(zlib.decompress(part)) if part else [] for part in _gather_bytes(mine, device)]
         replicas = all_gather_array(np.array(self.replica.rank if self.replica.is_lead else -1), None, device)

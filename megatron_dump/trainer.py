@@ -148,9 +148,15 @@ class GRPOTrainer:
         if self.balance_tokens:
             prompt_lengths = np.array([len(self.dataset[int(i)].token_ids) for i in outcomes.prompt_ids])
         return update_shares(
-            outcomes, rollouts.rejected, self.updates, self.replica.size, self.replica.rank, self.loss_agg_mode,
-            self.max_length, prompt_lengths,
-        )  # fmt: skip
+            outcomes,
+            rollouts.rejected,
+            self.updates,
+            self.replica.size,
+            self.replica.rank,
+            self.loss_agg_mode,
+            self.max_length,
+            prompt_lengths,
+        )
 
     def batches(self, rollouts: Rollouts, shares: Sequence[UpdateShare]) -> list[TrainBatch]:
         """Those, padded: a collective where rollouts do not train where they were generated."""
@@ -164,9 +170,9 @@ class GRPOTrainer:
             keys = zip(outcomes.group_ids[share.rows].tolist(), outcomes.samples[share.rows].tolist(), strict=True)
             prompts = [self.dataset[int(i)].token_ids for i in outcomes.prompt_ids[share.rows]]
             mine = [found[key] for key in keys]
-            batches.append(self.actor.make_batch(
-                prompts, mine, share.advantages, share.global_tokens, share.weights, share.n_rows
-            ))  # fmt: skip
+            batches.append(
+                self.actor.make_batch(prompts, mine, share.advantages, share.global_tokens, share.weights, share.n_rows)
+            )
         return batches
 
     def log(self, watch: Stopwatch, metrics: dict[str, float], rollouts: Rollouts) -> None:
@@ -179,25 +185,30 @@ class GRPOTrainer:
         metrics = {
             **step_metrics(outcomes, sources, self.max_length),
             **metrics,
-            **{f"train/{s}/reward_{kind}": float(n) for s, counts in faults.items()
-               for kind, n in zip(("timeouts", "crashes"), counts, strict=True)},
+            **{
+                f"train/{s}/reward_{kind}": float(n)
+                for s, counts in faults.items()
+                for kind, n in zip(("timeouts", "crashes"), counts, strict=True)
+            },
             **(self.curriculum.metrics() if self.owns_curriculum else {}),
             **self.actor.memory_usage(),
             **{f"timing_s/{phase}": seconds for phase, seconds in watch.seconds.items()},
             **rollout_metrics(loops, float(outcomes.lengths.sum()), watch.seconds["gen"], self.replica.world_size),
             "perf/throughput": float((outcomes.lengths.sum() + prompt_tokens) / watch.seconds["step"]),
             "perf/generated_tokens": float(generated_tokens),
-        }  # fmt: skip
+        }
         self.monitor.log_step(self.step, metrics)
         self.course.measured(self.step, metrics)
         self.monitor.log_samples(self.step, sample_rows(rollouts))
         asked = self.config.num_prompts_per_grpo_step * self.config.samples_per_prompt
-        self.monitor.log_events([
-            *events.dropped(self.step, outcomes, sources),
-            *events.reward_faults(self.step, faults),
-            *events.short_batch(self.step, outcomes, sources, asked, rollouts.rejected, rollouts.refills),
-            *self.alarms.changes(self.step, self.curriculum.alarms() if self.owns_curriculum else {}),
-        ])  # fmt: skip
+        self.monitor.log_events(
+            [
+                *events.dropped(self.step, outcomes, sources),
+                *events.reward_faults(self.step, faults),
+                *events.short_batch(self.step, outcomes, sources, asked, rollouts.rejected, rollouts.refills),
+                *self.alarms.changes(self.step, self.curriculum.alarms() if self.owns_curriculum else {}),
+            ]
+        )
 
     def validate(self) -> None:
         if self.validation is not None:

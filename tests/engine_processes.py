@@ -96,8 +96,10 @@ class Collector:
 
     def result(self) -> tuple[int, dict[str, Any]]:
         """numpy, as bytes: torch's own pickling of tensors would open shared files."""
-        return self.version, {name: (str(t.dtype), tuple(t.shape), t.contiguous().view(torch.uint8).numpy())
-                              for name, t in self.weights.items()}  # fmt: skip
+        return self.version, {
+            name: (str(t.dtype), tuple(t.shape), t.contiguous().view(torch.uint8).numpy())
+            for name, t in self.weights.items()
+        }
 
 
 def assert_equal(result: Any, version: int, expected: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

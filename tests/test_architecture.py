@@ -16,10 +16,28 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_dump"
 
 LOW = {
-    "types", "config", "curriculum", "rewards", "data", "advantages", "kl", "grpo", "distributed", "gather",
-    "scoring", "shared_scoring", "ray_cluster", "batches", "events", "rollout_metrics",
-    "monitor", "report", "stopwatch", "stopping", "early_stopping",
-}  # fmt: skip
+    "types",
+    "config",
+    "curriculum",
+    "rewards",
+    "data",
+    "advantages",
+    "kl",
+    "grpo",
+    "distributed",
+    "gather",
+    "scoring",
+    "shared_scoring",
+    "ray_cluster",
+    "batches",
+    "events",
+    "rollout_metrics",
+    "monitor",
+    "report",
+    "stopwatch",
+    "stopping",
+    "early_stopping",
+}
 LAYER_3 = {"actor", "rollout", "weight_sync"}
 # Unit (a module, or a folder as a whole) -> units of the package that it may import, besides itself.
 UNITS: dict[str, set[str]] = {

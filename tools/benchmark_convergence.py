@@ -67,9 +67,11 @@ def main() -> int:
     seeds = list(range(int(first), int(last or first) + 1))
     out = args.out.resolve()
     settings = (
-        f"trainer.grpo.max_generated_tokens={args.tokens}", f"model.data.train_files=[{out}/data/train.parquet]",
-        f"model.data.validation_files=[{out}/data/test.parquet]", *args.overrides,
-    )  # fmt: skip
+        f"trainer.grpo.max_generated_tokens={args.tokens}",
+        f"model.data.train_files=[{out}/data/train.parquet]",
+        f"model.data.validation_files=[{out}/data/test.parquet]",
+        *args.overrides,
+    )
     jobs = [Job(known[arm], seed, out / arm / str(seed), settings) for seed in seeds for arm in chosen]
     try:
         make_data(out / "data", args.people, args.train, args.test)

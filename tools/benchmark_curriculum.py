@@ -44,9 +44,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trials", type=int, default=48, help="with --tune: points of the grid")
     parser.add_argument(
-        "--held-out", nargs="*", choices=SCENARIOS, default=tune.HELD_OUT, metavar="SCENARIO",
+        "--held-out",
+        nargs="*",
+        choices=SCENARIOS,
+        default=tune.HELD_OUT,
+        metavar="SCENARIO",
         help="with --tune: scenarios to check the best constants on",
-    )  # fmt: skip
+    )
     return parser.parse_args(arguments)
 
 

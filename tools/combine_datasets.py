@@ -119,9 +119,13 @@ def check_bad(found: Scan, args: argparse.Namespace) -> None:
 def combine(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check, decide, write; returns the summary."""
     inputs = [made for words in args.input for made in parse_input(words)]
-    rules = Rules(args.seed, args.max_prompt_length, args.duplicates, parse_limits(args.limit), {
-        split: n for split, n in (("train", args.max_train), ("test", args.max_test)) if n is not None
-    })  # fmt: skip
+    rules = Rules(
+        args.seed,
+        args.max_prompt_length,
+        args.duplicates,
+        parse_limits(args.limit),
+        {split: n for split, n in (("train", args.max_train), ("test", args.max_test)) if n is not None},
+    )
     judge = Judge(parse_rewards(args.reward))
     if args.max_prompt_length is not None and not args.tokenizer:
         raise ValueError(f"--max-prompt-length {args.max_prompt_length}: tokens of which tokenizer? give --tokenizer")

@@ -82,9 +82,16 @@ def to_hf(args: argparse.Namespace) -> None:
         weights_checkpoint.load_weights(modules, arch, grid, args.checkpoint)
     with meter("write", show=grid.rank == 0) as on_progress:
         convert.save_hf(
-            modules, arch, grid, args.out, source=args.source, dtype=DTYPES.get(args.dtype),
-            max_shard_size=args.max_shard_size, replace=args.replace, on_progress=on_progress,
-        )  # fmt: skip
+            modules,
+            arch,
+            grid,
+            args.out,
+            source=args.source,
+            dtype=DTYPES.get(args.dtype),
+            max_shard_size=args.max_shard_size,
+            replace=args.replace,
+            on_progress=on_progress,
+        )
 
 
 def to_megatron(args: argparse.Namespace) -> None:

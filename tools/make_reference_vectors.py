@@ -29,7 +29,7 @@ VECTORS = pathlib.Path(__file__).resolve().parents[1] / "tests/unit/reference_ve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("package", choices=("trl", "verl"))
     parser.add_argument("--out", type=pathlib.Path, default=VECTORS, help="folder")
     options = parser.parse_args()

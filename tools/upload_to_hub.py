@@ -39,8 +39,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", help="of a checkpoint: the folder the run started from")
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="on the Hub, that training started from")
     parser.add_argument("--run", type=pathlib.Path, help="the run's folder, for the card (default: the checkpoint's)")
-    parser.add_argument("--evaluation", type=pathlib.Path, action="append", default=[], metavar="JSON",
-                        help="what examples/evaluate.py wrote, for the card; may be given several times")  # fmt: skip
+    parser.add_argument(
+        "--evaluation",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="what examples/evaluate.py wrote, for the card; may be given several times",
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
     parser.add_argument("--dry-run", type=pathlib.Path, metavar="FOLDER", help="write there what would be uploaded")

@@ -57,20 +57,33 @@ def build_tokenizer(n_names: int, max_people: int) -> PreTrainedTokenizerFast:
     pattern = "|".join(w.translate(escape) for w in longest_first) + r"|\S+"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token=END,
+        pad_token=END,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def random_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, path: str) -> None:
     """A Qwen2 folder with weights drawn from the seed."""
     torch.manual_seed(args.seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=args.ffn_hidden_size,
-        num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.05,
+    )
     Qwen2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -91,7 +104,7 @@ class Demonstrations:
             yield from iter_puzzles(n, seed + epoch, names=8, frames=1, split="train")
 
     def __next__(self) -> tuple[np.ndarray, Completion]:
-        (n,) = self.rng.choices(list(self.weights), self.weights.values())
+        (n,) = self.rng.choices(list(self.weights), list(self.weights.values()))
         row = next(self.puzzles[n])
         text = worked_solution(ast.literal_eval(row["statements"]), row["names"], self.rng, self.haste, self.quoted)
         prompt = self.tokenizer(row["quiz"])["input_ids"]
@@ -103,16 +116,34 @@ class Demonstrations:
 
 def train(args: argparse.Namespace, start: str, out: pathlib.Path) -> list[dict]:
     grid = parallel.initialize(seed=args.seed)
-    config = load(OmegaConf.create({
-        "trainer": {"grpo": {"max_steps": args.steps, "num_prompts_per_grpo_step": args.batch_size // 2,
-                             "samples_per_prompt": 2, "initial_policy_kl_penalty": 0.0}},
-        "pretrained_checkpoint": {"restore_from_path": start},
-        "model": {"micro_batch_size": args.micro_batch_size, "global_batch_size": args.batch_size,
-                  "make_vocab_size_divisible_by": 8, "data": {"train_files": ["generated"]},
-                  "optim": {"lr": args.lr, "weight_decay": 0.1, "betas": [0.9, 0.98],
-                            "sched": {"name": "cosine", "warmup_steps": args.warmup_steps, "min_lr": args.lr / 20}}},
-        "exp_manager": {"explicit_log_dir": "unused"},
-    }))  # fmt: skip
+    config = load(
+        OmegaConf.create(
+            {
+                "trainer": {
+                    "grpo": {
+                        "max_steps": args.steps,
+                        "num_prompts_per_grpo_step": args.batch_size // 2,
+                        "samples_per_prompt": 2,
+                        "initial_policy_kl_penalty": 0.0,
+                    }
+                },
+                "pretrained_checkpoint": {"restore_from_path": start},
+                "model": {
+                    "micro_batch_size": args.micro_batch_size,
+                    "global_batch_size": args.batch_size,
+                    "make_vocab_size_divisible_by": 8,
+                    "data": {"train_files": ["generated"]},
+                    "optim": {
+                        "lr": args.lr,
+                        "weight_decay": 0.1,
+                        "betas": [0.9, 0.98],
+                        "sched": {"name": "cosine", "warmup_steps": args.warmup_steps, "min_lr": args.lr / 20},
+                    },
+                },
+                "exp_manager": {"explicit_log_dir": "unused"},
+            }
+        )
+    )
     actor = MegatronGPTGRPOActor(config, grid)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     stream, log, began = Demonstrations(tokenizer, args), [], time.monotonic()
@@ -124,8 +155,14 @@ def train(args: argparse.Namespace, start: str, out: pathlib.Path) -> list[dict]
             metrics = actor.train_step(_batch(stream, args))
             progress.update(task, advance=1, description=f"loss {-metrics['actor/logprobs']:.4f}")
             if step % 50 == 0:
-                log.append({"step": step, "loss": -metrics["actor/logprobs"], "grad_norm": metrics["actor/grad_norm"],
-                            "seconds": time.monotonic() - began})  # fmt: skip
+                log.append(
+                    {
+                        "step": step,
+                        "loss": -metrics["actor/logprobs"],
+                        "grad_norm": metrics["actor/grad_norm"],
+                        "seconds": time.monotonic() - began,
+                    }
+                )
                 print(json.dumps(log[-1]), flush=True)
             if step % 500 == 0 or step == last:
                 convert.save_hf(actor.modules, actor.arch, grid, str(out), source=start, replace=True)

@@ -102,9 +102,17 @@ class MegatronGPTGRPOActor:
             logprobs, entropy = self._logprobs(hidden, micro)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, sums = grpo.policy_loss(
-                logprobs, old, micro.advantages, micro.mask, batch.global_tokens, self.loss, weights=micro.weights,
-                ref_logprobs=micro.ref_logprobs, rollout_logprobs=micro.rollout_logprobs, entropy=entropy,
-            )  # fmt: skip
+                logprobs,
+                old,
+                micro.advantages,
+                micro.mask,
+                batch.global_tokens,
+                self.loss,
+                weights=micro.weights,
+                ref_logprobs=micro.ref_logprobs,
+                rollout_logprobs=micro.rollout_logprobs,
+                entropy=entropy,
+            )
             difference = (old - micro.rollout_logprobs).abs() * micro.mask  # generator against trainer, same weights
             sums["actor/entropy"] = (entropy.detach() * micro.mask).sum()
             sums["actor/logprobs"] = (logprobs.detach() * micro.mask).sum()
@@ -118,8 +126,10 @@ class MegatronGPTGRPOActor:
                 f"actor/grad_norm={grad_norm} at optimizer step {self.version}: the weights are no longer valid; "
                 "continue from the latest checkpoint with a lower model.optim.lr"
             )
-        metrics = {k: v / batch.global_tokens if k != "rollout/logprob_diff_max" else v
-                   for k, v in self._reduce(outputs).items()}  # fmt: skip
+        metrics = {
+            k: v / batch.global_tokens if k != "rollout/logprob_diff_max" else v
+            for k, v in self._reduce(outputs).items()
+        }
         metrics |= {"actor/grad_norm": float(grad_norm), "actor/lr": self.optimizer.param_groups[0]["lr"]}
         self.scheduler.step(increment=1)
         self.version += 1
@@ -139,11 +149,15 @@ class MegatronGPTGRPOActor:
         micros = self._micro_batches(batch, self.forward_micro_batch_size, budget)
         with self.reference.loaded() if reference and self.reference else contextlib.nullcontext():
             outputs = run_schedule(
-                self.models, self.parallel, micros,
-                lambda hidden, micro: (hidden.new_zeros(()),
-                                       {"rows": micro.rows, "logprobs": self._logprobs(hidden, micro)[0]}),
+                self.models,
+                self.parallel,
+                micros,
+                lambda hidden, micro: (
+                    hidden.new_zeros(()),
+                    {"rows": micro.rows, "logprobs": self._logprobs(hidden, micro)[0]},
+                ),
                 forward_only=True,
-            )  # fmt: skip
+            )
         if not self.parallel.is_last_stage:
             return None
         logprobs = np.zeros(batch.tokens.shape, np.float32)
@@ -179,15 +193,22 @@ class MegatronGPTGRPOActor:
             before = before * n_rows + sampled // length
         both = hidden_logprobs(
             hidden.flatten(0, 1).index_select(0, before),
-            output_weight(self.modules[-1]), micro.tokens.flatten()[sampled], place.tensor_group, place.tensor_rank,
-            self.arch.vocab_size, self.temperature, self.logprob_chunk_size,
+            output_weight(self.modules[-1]),
+            micro.tokens.flatten()[sampled],
+            place.tensor_group,
+            place.tensor_rank,
+            self.arch.vocab_size,
+            self.temperature,
+            self.logprob_chunk_size,
             reduce_hidden_grad=not place.layout.sequence,
-        )  # fmt: skip
+        )
         logprobs, entropy = (
-            context.total(values.new_zeros(n_rows * length).index_copy(0, sampled, values).view(n_rows, length),
-                          place.context_group)
+            context.total(
+                values.new_zeros(n_rows * length).index_copy(0, sampled, values).view(n_rows, length),
+                place.context_group,
+            )
             for values in both
-        )  # fmt: skip
+        )
         return logprobs, entropy
 
     def _micro_batches(self, batch: TrainBatch, size: int, budget: int) -> list[MicroBatch]:

@@ -110,9 +110,9 @@ class Sharing:
         bias = None if self.bias is None else self.bias.repeat_interleave(heads, 0)
         result = torch.cat([t.to(torch.float32) for t in part(stacked, keys, values, bias)], -1)
         result = result.view(n, heads, -1, shared, dim + 2).transpose(1, 2).reshape(len(self.members), -1)
-        out, largest, total = result.index_select(0, self.places).view(rows * heads, shared, dim + 2).split(
-            [dim, 1, 1], -1
-        )  # fmt: skip
+        out, largest, total = (
+            result.index_select(0, self.places).view(rows * heads, shared, dim + 2).split([dim, 1, 1], -1)
+        )
         return out, largest, total
 
 

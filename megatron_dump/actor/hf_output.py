@@ -19,9 +19,16 @@ from megatron_dump.actor.partial_folder import PartialFolder
 
 # What belongs to a model besides its weights and config.json: the tokenizer in all its forms, generation settings.
 _COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "chat_template*", "additional_chat_templates",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
 _WRITTEN = ("config.json", INDEX, "*.safetensors", *_COMPANIONS)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -198,12 +198,17 @@ def _check_shared_prompts(model: ModelConfig, layout: Layout, has_experts: bool)
     of_tokens = "it is of the tokens that the router sees, of which there would be fewer"
     for needed, key, value, without, why in (
         (layout.context > 1, "context_parallel_size", layout.context, "1", "it cuts every rollout into equal chunks"),
-        (layout.virtual_pipeline is not None, "virtual_pipeline_model_parallel_size", layout.virtual_pipeline, "null",
-         "an interleaved pipeline takes micro-batches of one shape"),
+        (
+            layout.virtual_pipeline is not None,
+            "virtual_pipeline_model_parallel_size",
+            layout.virtual_pipeline,
+            "null",
+            "an interleaved pipeline takes micro-batches of one shape",
+        ),
         (has_experts and model.moe_aux_loss_coeff, "moe_aux_loss_coeff", model.moe_aux_loss_coeff, "0", of_tokens),
         (has_experts and model.moe_z_loss_coeff, "moe_z_loss_coeff", model.moe_z_loss_coeff, "null", of_tokens),
         (fused, "transformer_impl", model.transformer_impl, "local", "Transformer Engine has not been run with it"),
-    ):  # fmt: skip
+    ):
         if needed:
             raise ConfigError(
                 f"model.share_prompts=true: not with model.{key}={value}: {why}; set it to {without}, or share_prompts "

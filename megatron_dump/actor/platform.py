@@ -232,26 +232,68 @@ def _all_to_all_splits() -> None:
 
 
 PATCHES = (
-    Patch("torch.cuda.current_device", "megatron-core allocates on the current CUDA device by name",
-          "megatron-core asks torch.accelerator", _devices),
-    Patch("torch.cuda random state", "the tensor-parallel random tracker keeps CUDA generator states",
-          "the tracker takes a device", _random_state),
-    Patch("torch tensor factories", "device='cuda' is written out in the optimizer, schedules and checkpoints",
-          "megatron-core passes a device through", _factories),
-    Patch("Tensor.cuda, Module.cuda", "checkpoint exchange and pipelines move tensors with .cuda()",
-          "megatron-core passes a device through", _moves),
-    Patch("Tensor.type", "optimizers compare type names with 'torch.cuda.FloatTensor'",
-          "they compare dtypes", _type_names),
-    Patch("torch.cuda streams", "pipelines and gradient buckets synchronise CUDA streams",
-          "they skip it without CUDA", _streams),
-    Patch("torch.compile", "it fuses a few of the router's operations, which needs a C++ compiler and fails on torch "
-          "functions that are replaced", "megatron-core can be told not to compile", _compilation),
-    Patch("megatron.core.optimizer.Adam", "restoring the distributed optimizer from torch's Adam is broken upstream",
-          "upstream restores torch.optim.AdamW", _adam),
-    Patch("megatron.core.optimizer: gradient norm and clipping", "they take kernels of Transformer Engine or Apex "
-          "where one is installed", "they look at the tensors' device", _gradient_norm),
-    Patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", "the router takes Transformer Engine's, and looks "
-          "for its name also where it is not installed", "it looks at the tensors' device", _router),
-    Patch("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", "all-to-all split sizes become "
-          "numpy arrays only when they come from CUDA", "it converts CPU tensors too", _all_to_all_splits),
-)  # fmt: skip
+    Patch(
+        "torch.cuda.current_device",
+        "megatron-core allocates on the current CUDA device by name",
+        "megatron-core asks torch.accelerator",
+        _devices,
+    ),
+    Patch(
+        "torch.cuda random state",
+        "the tensor-parallel random tracker keeps CUDA generator states",
+        "the tracker takes a device",
+        _random_state,
+    ),
+    Patch(
+        "torch tensor factories",
+        "device='cuda' is written out in the optimizer, schedules and checkpoints",
+        "megatron-core passes a device through",
+        _factories,
+    ),
+    Patch(
+        "Tensor.cuda, Module.cuda",
+        "checkpoint exchange and pipelines move tensors with .cuda()",
+        "megatron-core passes a device through",
+        _moves,
+    ),
+    Patch(
+        "Tensor.type", "optimizers compare type names with 'torch.cuda.FloatTensor'", "they compare dtypes", _type_names
+    ),
+    Patch(
+        "torch.cuda streams",
+        "pipelines and gradient buckets synchronise CUDA streams",
+        "they skip it without CUDA",
+        _streams,
+    ),
+    Patch(
+        "torch.compile",
+        "it fuses a few of the router's operations, which needs a C++ compiler and fails on torch "
+        "functions that are replaced",
+        "megatron-core can be told not to compile",
+        _compilation,
+    ),
+    Patch(
+        "megatron.core.optimizer.Adam",
+        "restoring the distributed optimizer from torch's Adam is broken upstream",
+        "upstream restores torch.optim.AdamW",
+        _adam,
+    ),
+    Patch(
+        "megatron.core.optimizer: gradient norm and clipping",
+        "they take kernels of Transformer Engine or Apex where one is installed",
+        "they look at the tensors' device",
+        _gradient_norm,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils.te_general_gemm",
+        "the router takes Transformer Engine's, and looks for its name also where it is not installed",
+        "it looks at the tensors' device",
+        _router,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+        "all-to-all split sizes become numpy arrays only when they come from CUDA",
+        "it converts CPU tensors too",
+        _all_to_all_splits,
+    ),
+)

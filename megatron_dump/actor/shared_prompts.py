@@ -154,11 +154,15 @@ def share(tokens: np.ndarray, sampled: np.ndarray, unit: int, device: torch.devi
         return torch.from_numpy(array).to(device)
 
     return SharedPrompts(
-        max_seqlen_q=tokens.shape[1], max_seqlen_kv=tokens.shape[1],  # positions are below
+        max_seqlen_q=tokens.shape[1],
+        max_seqlen_kv=tokens.shape[1],  # positions are below
         tokens=put(np.pad(np.concatenate(inputs), (0, length - end)))[None],
         positions=put(np.pad(np.concatenate(positions), (0, length - end))),
-        before=put(before[sampled]), families=tuple(families), padded=put(source), packed=put(place),
-    )  # fmt: skip
+        before=put(before[sampled]),
+        families=tuple(families),
+        padded=put(source),
+        packed=put(place),
+    )
 
 
 def _alike(lengths: np.ndarray) -> list[tuple[int, int]]:

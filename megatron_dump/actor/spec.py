@@ -73,6 +73,7 @@ def _transformer_engine_layer(config: TransformerConfig, experts: int | None, _:
     layer.self_attention.submodules.core_attention = SDPACoreAttention
     # A checkpoint is for either implementation: names the norm before the experts as megatron-core's local layers do.
     layer.sharded_state_dict_keys_map = {
-        **layer.sharded_state_dict_keys_map, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
-    }  # fmt: skip
+        **layer.sharded_state_dict_keys_map,
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
     return spec

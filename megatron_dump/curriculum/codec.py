@@ -15,9 +15,17 @@ import numpy as np
 from megatron_dump.types import Draw, Outcomes
 
 OUTCOME_COLUMNS: dict[str, type] = {
-    "samples": int, "prompt_ids": int, "source_ids": int, "rewards": float, "advantages": float, "correct": bool,
-    "well_formed": bool, "lengths": int, "finished": bool, "kept": bool,
-}  # fmt: skip
+    "samples": int,
+    "prompt_ids": int,
+    "source_ids": int,
+    "rewards": float,
+    "advantages": float,
+    "correct": bool,
+    "well_formed": bool,
+    "lengths": int,
+    "finished": bool,
+    "kept": bool,
+}
 _ZERO = np.uint8(ord("0"))
 
 

@@ -207,10 +207,14 @@ class Curriculum:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "version": STATE_VERSION, "sources": self.sources, "fingerprint": self._fingerprint, "seed": self.seed,
-            "prompts_per_step": self.prompts_per_step, "samples_per_prompt": self.samples_per_prompt,
+            "version": STATE_VERSION,
+            "sources": self.sources,
+            "fingerprint": self._fingerprint,
+            "seed": self.seed,
+            "prompts_per_step": self.prompts_per_step,
+            "samples_per_prompt": self.samples_per_prompt,
             "config": self._config,
-        }  # fmt: skip
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable; every float survives JSON exactly."""

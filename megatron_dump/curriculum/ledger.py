@@ -92,10 +92,13 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         draws = [
-            {**{name: getattr(draw, name).tolist() for name in (*_ARRAYS, "weights")},
-             "first_group": draw.first_group, "train": draw.train}
+            {
+                **{name: getattr(draw, name).tolist() for name in (*_ARRAYS, "weights")},
+                "first_group": draw.first_group,
+                "train": draw.train,
+            }
             for draw in self.draws
-        ]  # fmt: skip
+        ]
         return {"step": self.step, "draws": draws, "refills": self.refills, "observed": self.observed.tolist()}
 
     @staticmethod
@@ -104,8 +107,9 @@ class Ledger:
         for entry in state["draws"]:
             arrays = {name: np.array(entry[name], np.int64) for name in _ARRAYS}
             weights = np.array(entry["weights"], np.float64)
-            ledger.add(Draw(ledger.step, **arrays, weights=weights, first_group=entry["first_group"],
-                            train=entry["train"]))  # fmt: skip
+            ledger.add(
+                Draw(ledger.step, **arrays, weights=weights, first_group=entry["first_group"], train=entry["train"])
+            )
         ledger.observed = np.array(state["observed"], bool)
         return ledger
 

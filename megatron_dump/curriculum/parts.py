@@ -68,9 +68,12 @@ class Parts:
     def stateful(self) -> dict[str, Any]:
         """Name -> what has a state of arrays."""
         parts = {
-            "source_policy": self.source_policy, "source_pass_rate": self.source_pass_rate, "audit": self.audit,
-            "alarm": self.alarm, "prompt_policy": self.prompt_policy,
-        }  # fmt: skip
+            "source_policy": self.source_policy,
+            "source_pass_rate": self.source_pass_rate,
+            "audit": self.audit,
+            "alarm": self.alarm,
+            "prompt_policy": self.prompt_policy,
+        }
         return parts if self.pass_rates is None else {**parts, "pass_rates": self.pass_rates}
 
     def state_dict(self) -> dict[str, Any]:

@@ -124,9 +124,12 @@ class PromptPassRates:
         """Sparse: V visited rows, with their counts [V, 2] and steps [V]; and the sources' [K, 2], [K]."""
         rows = np.flatnonzero(self.visited)
         return {
-            "rows": rows, "counts": self._counts[rows], "steps": self._steps[rows],
-            "source_counts": self._source_counts.copy(), "source_steps": self._source_steps.copy(),
-        }  # fmt: skip
+            "rows": rows,
+            "counts": self._counts[rows],
+            "steps": self._steps[rows],
+            "source_counts": self._source_counts.copy(),
+            "source_steps": self._source_steps.copy(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` (or the lists it becomes in JSON), alike to the last bit."""

@@ -19,9 +19,16 @@ from megatron_dump.curriculum.state import by_name
 __all__ = ["Log", "ReplayError", "Reweighed", "read_log", "rebuild", "reweigh", "verify"]
 
 _NEEDED = (  # in the header
-    "sources", "rows", "prompts_per_step", "samples_per_prompt", "seed", "config", "fingerprint", "max_steps",
+    "sources",
+    "rows",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "seed",
+    "config",
+    "fingerprint",
+    "max_steps",
     "max_staleness",
-)  # fmt: skip
+)
 
 
 class ReplayError(ValueError):

@@ -60,54 +60,106 @@ def _rising(low: float, high: float, n: int) -> tuple[float, ...]:
 def _world(name: str, about: str, difficulties: tuple[float, ...], **changes: Any) -> Scenario:
     """300 rows a source, neighbours that help each other, unless `changes` says otherwise."""
     n = len(difficulties)
-    return Scenario(name, about, **{
-        "names": _levels(n), "sizes": (300,) * n, "difficulties": difficulties, "transfer": 0.3, **changes,
-    })  # fmt: skip
+    return Scenario(
+        name,
+        about,
+        **{
+            "names": _levels(n),
+            "sizes": (300,) * n,
+            "difficulties": difficulties,
+            "transfer": 0.3,
+            **changes,
+        },
+    )
 
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
         _world(
-            "ladder", "12 sources of rising difficulty, like puzzles with 3 to 14 people",
-            _rising(-1.0, 5.0, 12), names=_levels(12, 3), learning_rate=1.2, target=0.7,
+            "ladder",
+            "12 sources of rising difficulty, like puzzles with 3 to 14 people",
+            _rising(-1.0, 5.0, 12),
+            names=_levels(12, 3),
+            learning_rate=1.2,
+            target=0.7,
         ),
         _world(
-            "two", "an easy and a hard source, no transfer",
-            (-0.5, 2.5), transfer=0.0, learning_rate=0.25, target=0.8,
+            "two",
+            "an easy and a hard source, no transfer",
+            (-0.5, 2.5),
+            transfer=0.0,
+            learning_rate=0.25,
+            target=0.8,
         ),
         _world(
-            "twins", "12 alike sources, mean pass rate 1/2, that never change: any uneven weight is noise",
-            (0.0,) * 12, sizes=(3000,) * 12, spread=2.0, transfer=0.0, learning_rate=0.0, steps=60, target=2.0,
+            "twins",
+            "12 alike sources, mean pass rate 1/2, that never change: any uneven weight is noise",
+            (0.0,) * 12,
+            sizes=(3000,) * 12,
+            spread=2.0,
+            transfer=0.0,
+            learning_rate=0.0,
+            steps=60,
+            target=2.0,
         ),
         _world(
-            "broken_verifier", "8 rising sources; an easy and a medium one always score 0",
-            _rising(-1.0, 4.0, 8), broken=("level_2", "level_5"), learning_rate=0.8, target=0.75,
+            "broken_verifier",
+            "8 rising sources; an easy and a medium one always score 0",
+            _rising(-1.0, 4.0, 8),
+            broken=("level_2", "level_5"),
+            learning_rate=0.8,
+            target=0.75,
         ),
         _world(
-            "unsolvable", "8 rising sources; two that no answer solves",
-            _rising(-1.0, 4.0, 8), unsolvable=("level_4", "level_8"), learning_rate=0.6, target=0.75,
+            "unsolvable",
+            "8 rising sources; two that no answer solves",
+            _rising(-1.0, 4.0, 8),
+            unsolvable=("level_4", "level_8"),
+            learning_rate=0.6,
+            target=0.75,
         ),
         _world(
-            "solved_soon", "4 sources solved at 93 % from the start, 4 to learn",
-            (-3.5, -3.3, -3.2, -3.0, 0.5, 1.5, 2.5, 3.5), transfer=0.1, learning_rate=0.7, target=0.85,
+            "solved_soon",
+            "4 sources solved at 93 % from the start, 4 to learn",
+            (-3.5, -3.3, -3.2, -3.0, 0.5, 1.5, 2.5, 3.5),
+            transfer=0.1,
+            learning_rate=0.7,
+            target=0.85,
         ),
         _world(
-            "late_bloomer", "5 easier sources and one that only transfer makes learnable",
-            (-1.0, 0.0, 1.0, 2.0, 3.0, 6.0), transfer=0.5, learning_rate=1.0, target=0.9,
+            "late_bloomer",
+            "5 easier sources and one that only transfer makes learnable",
+            (-1.0, 0.0, 1.0, 2.0, 3.0, 6.0),
+            transfer=0.5,
+            learning_rate=1.0,
+            target=0.9,
         ),
         _world(
-            "noisy", "8 rising sources; the verifier errs on one rollout in ten",
-            _rising(-1.0, 4.0, 8), noise=0.1, learning_rate=0.8, target=0.7,
+            "noisy",
+            "8 rising sources; the verifier errs on one rollout in ten",
+            _rising(-1.0, 4.0, 8),
+            noise=0.1,
+            learning_rate=0.8,
+            target=0.7,
         ),
         _world(
-            "unequal", "6 rising sources of 1,600 to 50 rows, the hardest the smallest",
-            _rising(-1.5, 3.5, 6), sizes=(1600, 800, 400, 200, 100, 50), learning_rate=0.4, target=0.75,
+            "unequal",
+            "6 rising sources of 1,600 to 50 rows, the hardest the smallest",
+            _rising(-1.5, 3.5, 6),
+            sizes=(1600, 800, 400, 200, 100, 50),
+            learning_rate=0.4,
+            target=0.75,
         ),
         _world(
-            "thousand", "1,000 rising sources of 60 rows, 1,024 prompts a step",
-            _rising(-2.0, 5.0, 1000), sizes=(60,) * 1000, learning_rate=200.0, steps=40, prompts_per_step=1024,
+            "thousand",
+            "1,000 rising sources of 60 rows, 1,024 prompts a step",
+            _rising(-2.0, 5.0, 1000),
+            sizes=(60,) * 1000,
+            learning_rate=200.0,
+            steps=40,
+            prompts_per_step=1024,
             target=0.7,
         ),
     )
-}  # fmt: skip
+}

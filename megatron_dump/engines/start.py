@@ -62,9 +62,13 @@ def start_engines(
         pool = EnginePool(handles, PoolOptions(**vars(backend.pool)), expected_tokens=options.max_length)
         handle, synced = pool, pool.engines
     sync = WeightSync(
-        WeightStream(actor.modules, actor.arch, actor.parallel), synced, WeightSyncOptions(**vars(backend.weight_sync)),
-        hosts=hosts, replica=replica.rank, device=device,
-    )  # fmt: skip
+        WeightStream(actor.modules, actor.arch, actor.parallel),
+        synced,
+        WeightSyncOptions(**vars(backend.weight_sync)),
+        hosts=hosts,
+        replica=replica.rank,
+        device=device,
+    )
     seed, drives = config.model.seed, Replica(0, 1, None, device, dist.group.WORLD) if shared else replica
     generator = EngineGenerator(handle, drives, seed, None if shared else decode, lambda: engines.renew())
     sleeps = bool(backend.vllm.get("sleep", device.type == "cuda" and not shared))
@@ -84,12 +88,16 @@ def _processes(
     shares = _device_shares(devices, backend.engines)
     handles = [
         start_vllm(
-            config.pretrained_checkpoint.restore_from_path, options, backend.vllm, defaults,
+            config.pretrained_checkpoint.restore_from_path,
+            options,
+            backend.vllm,
+            defaults,
             folder / (f"replica_{replica.rank}.log" if len(shares) == 1 else f"replica_{replica.rank}_{i}.log"),
-            share, limit,
+            share,
+            limit,
         )
         for i, share in enumerate(shares)
-    ]  # fmt: skip
+    ]
     try:
         for handle in handles:
             handle.ping().result()

@@ -51,9 +51,7 @@ class AlignerCurriculum:
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._n_rows = len(sources)
-        self._broadcast = DrawBroadcast(
-            device=self._device, n_prompts=prompts_per_step, n_sources=len(set(sources))
-        )  # fmt: skip
+        self._broadcast = DrawBroadcast(device=self._device, n_prompts=prompts_per_step, n_sources=len(set(sources)))
         self._hosted: HostedCurriculum | None = None
         self._sampler: MegatronCurriculumBatchSampler | None = None
         with fail_together(key, device=self._device):
@@ -61,9 +59,15 @@ class AlignerCurriculum:
                 raise ValueError(f"{len(sources)} sources for {len(dataset)} rows")
             if self._broadcast.is_source:
                 self._hosted = HostedCurriculum(
-                    dict(block), list(sources), prompts_per_step, samples_per_prompt, seed,
-                    fingerprint_of_rows(dataset.data), key=key, max_steps=max_steps,
-                )  # fmt: skip
+                    dict(block),
+                    list(sources),
+                    prompts_per_step,
+                    samples_per_prompt,
+                    seed,
+                    fingerprint_of_rows(dataset.data),
+                    key=key,
+                    max_steps=max_steps,
+                )
 
     @property
     def draw(self) -> Draw:
@@ -76,9 +80,15 @@ class AlignerCurriculum:
         """One of class `kind`, a MegatronCurriculumBatchSampler, after `consumed` prompts; nothing is drawn yet."""
         curriculum = self._hosted.curriculum if self._hosted else None
         sampler = kind(
-            self._n_rows, consumed, micro, self.prompts_per_step, rank, size, curriculum=curriculum,
+            self._n_rows,
+            consumed,
+            micro,
+            self.prompts_per_step,
+            rank,
+            size,
+            curriculum=curriculum,
             broadcast=self._broadcast,
-        )  # fmt: skip
+        )
         self._sampler = sampler
         return sampler
 

@@ -109,9 +109,11 @@ class GRPOCurriculumMixin(_Trainer):
         def rollouts() -> Gathered:
             rows = [int(row) for row in rollout_batch["idx"]]
             asked = self.curriculum.draw.prompt_ids.tolist()
-            return asked, rows, _columns(
-                rollout_batch, rows, self.cfg.use_leave_one_out_baseline, self.cfg.normalize_rewards
-            )  # fmt: skip
+            return (
+                asked,
+                rows,
+                _columns(rollout_batch, rows, self.cfg.use_leave_one_out_baseline, self.cfg.normalize_rewards),
+            )
 
         self._learn(rollouts)
         return super().create_grpo_training_data_from_inferences(rollout_batch)  # type: ignore[misc]

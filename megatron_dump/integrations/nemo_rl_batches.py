@@ -36,9 +36,15 @@ class CurriculumBatches:
         self._starts = np.cumsum([0, *sizes[:-1]])  # of each source's rows among all
         rows = itertools.chain.from_iterable(dataset.dataset for dataset in self._datasets)
         self.hosted = HostedCurriculum(
-            settings.block, list(np.repeat(self._names, sizes)), prompts_per_batch, settings.group_size, settings.seed,
-            fingerprint_of_rows(rows), key=KEY, max_steps=settings.max_steps,
-        )  # fmt: skip
+            settings.block,
+            list(np.repeat(self._names, sizes)),
+            prompts_per_batch,
+            settings.group_size,
+            settings.seed,
+            fingerprint_of_rows(rows),
+            key=KEY,
+            max_steps=settings.max_steps,
+        )
         self.steps = 0  # training steps that have begun: with dynamic sampling a step may take several batches
         self._out: dict[str, list[Any]] | None = None  # of the batch whose outcomes have not come: task names and idx
 

@@ -16,14 +16,15 @@ from typing import Any
 FUNCTION = "megatron_dump.integrations.nemo_rl.curriculum_dataloader"  # for data.custom_dataloader
 _GRPO, _SYNC = "nemo_rl.algorithms.grpo", "nemo_rl.algorithms.grpo_sync"
 _COMMON = {
-    f"{_GRPO}:dynamic_sampling":
-        "repeated_batch std baseline dynamic_sampling_num_gen_batches master_config timer batch_cache",
+    f"{_GRPO}:dynamic_sampling": (
+        "repeated_batch std baseline dynamic_sampling_num_gen_batches master_config timer batch_cache"
+    ),
     "nemo_rl.data.dataloader:MultipleDataloaderWrapper.__init__": "expected_num_prompts data_config dataloaders",
     "nemo_rl.data.dataloader:MultipleDataloaderWrapper.set_records": "records",
     "nemo_rl.utils.checkpoint:CheckpointManager.init_tmp_checkpoint": "step training_info run_config",
     "nemo_rl.utils.checkpoint:CheckpointManager.get_latest_checkpoint_path": "",
     "nemo_rl.utils.logger:Logger.log_metrics": "metrics step prefix step_metric step_finished",
-}  # fmt: skip
+}
 # Version -> callable -> its parameters, without self.
 SIGNATURES: dict[str, dict[str, str]] = {
     "0.7": {**_COMMON, f"{_GRPO}:setup": "master_config tokenizer dataset val_dataset processor policy_factory"},

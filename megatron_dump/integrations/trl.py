@@ -33,8 +33,15 @@ _SIGNATURES = {
     "_save_checkpoint": "model trial",
     "_get_output_dir": "trial",
 }
-_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "num_generations", "num_iterations", "reward_weights",
-               "eos_token_ids")  # fmt: skip
+_ATTRIBUTES = (
+    "_step",
+    "_buffered_inputs",
+    "_metrics",
+    "num_generations",
+    "num_iterations",
+    "reward_weights",
+    "eos_token_ids",
+)
 
 _Base: Any = object
 if TYPE_CHECKING:

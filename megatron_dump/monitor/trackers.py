@@ -61,8 +61,12 @@ class TensorBoard:
             self._writer.add_text(f"samples/{sample['source']}", shown, step)
 
     def _add_charts(self, sources: Sequence[str]) -> None:
-        keys = {"weights": "curriculum/{}/weight", "learnability": "curriculum/{}/mean_abs_adv",
-                "pass rates": "train/{}/accuracy", "test accuracy": "val/{}/accuracy"}  # fmt: skip
+        keys = {
+            "weights": "curriculum/{}/weight",
+            "learnability": "curriculum/{}/mean_abs_adv",
+            "pass rates": "train/{}/accuracy",
+            "test accuracy": "val/{}/accuracy",
+        }
         charts = {name: ["Multiline", [f"^{re.escape(key.format(s))}$" for s in sources]] for name, key in keys.items()}
         self._writer.add_custom_scalars({"sources": charts})
         self._has_charts = True
@@ -87,9 +91,11 @@ class Wandb:
         program = f"import sys; sys.path.append({root!r}); from megatron_dump.monitor.wandb_process import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
             start_new_session=True,  # Ctrl-C is for the run, which ends this
-        )  # fmt: skip
+        )
         self._has_begun = False
         first = {"folder": str(log_dir), "options": options, "parent": os.getpid(), "finish_s": FINISH_S}
         self._send(first)

@@ -172,8 +172,12 @@ def listen(commands: queue.Queue[dict[str, Any]], parent: int, finish_s: float) 
                 commands.put(message)
     commands.put({"end": True})
     time.sleep(finish_s)
-    print(f"warning: wandb did not take everything within {finish_s:g} s of the run's end: `wandb sync` of the run's "
-          "folder wandb/ sends the rest", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"warning: wandb did not take everything within {finish_s:g} s of the run's end: `wandb sync` of the run's "
+        "folder wandb/ sends the rest",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(0)  # its own exit would wait on
 
 

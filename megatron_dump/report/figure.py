@@ -16,7 +16,7 @@ from megatron_dump.report.panels import (
     draw_sources,
     draw_tests,
     set_steps,
-)  # fmt: skip
+)
 from megatron_dump.report.run import Run
 from megatron_dump.report.style import BLUE, ORANGE, RED, STYLE
 

@@ -19,8 +19,16 @@ from megatron_dump.report.run import Run, natural_sort, read_run
 from megatron_dump.report.settings import changes, read_settings
 
 COLUMNS = (
-    "source", "weight", "prompts", "learnability", "reward", "pass rate", "test before", "test after", "gain",
-)  # fmt: skip
+    "source",
+    "weight",
+    "prompts",
+    "learnability",
+    "reward",
+    "pass rate",
+    "test before",
+    "test after",
+    "gain",
+)
 EVENTS_SHOWN = 50
 ROWS_SHOWN = 30  # sources of the table that the page shows at a time
 SAMPLES_SHOWN = 36  # completions in all, and at least the latest of each source

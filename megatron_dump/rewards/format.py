@@ -19,10 +19,26 @@ _END_OF_TURN = re.compile(
     re.IGNORECASE,
 )
 # What only a chat template may write. Looked for outside the tags, in ASCII lower case without blanks and asterisks.
-_FAKE_TURNS = tuple(mark.encode() for mark in (
-    "<|", "<｜", "[inst]", "[/inst]", "<<sys>>", "<start_of_turn>", "<end_of_turn>", "<eos>", "</s>",
-    "assistant:", "user:", "human:", "system:", "###response", "###instruction",
-))  # fmt: skip
+_FAKE_TURNS = tuple(
+    mark.encode()
+    for mark in (
+        "<|",
+        "<｜",
+        "[inst]",
+        "[/inst]",
+        "<<sys>>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<eos>",
+        "</s>",
+        "assistant:",
+        "user:",
+        "human:",
+        "system:",
+        "###response",
+        "###instruction",
+    )
+)
 _MOST_OUTSIDE = 32_768  # characters
 _LOWER = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
 

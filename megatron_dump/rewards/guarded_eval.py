@@ -15,11 +15,13 @@ from typing import Any
 
 # What sympy's parser writes, what it imports, and functions and constants that an answer may use. Not Integral and its
 # like: an integral's scorer would take the question for its answer.
-_NAMES = frozenset("""
+_NAMES = frozenset(
+    """
     Add Eq Float Function Integer Mul Pow Rational Symbol factorial factorial2 false sympy true
     Abs E I acos acosh acot acoth acsc asec asin asinh atan atan2 atanh cbrt cos cosh cot coth csc csch erf erfc erfi
     exp log ln oo pi root sec sech sign sin sinh sqrt tan tanh theta
-""".split())  # fmt: skip
+""".split()
+)
 _WRITERS = frozenset({"sympy.polys.monomials"})  # as dataclasses do, it writes and runs programs of its own
 _state = threading.local()
 _installing = threading.Lock()

@@ -16,9 +16,15 @@ from megatron_dump.types import Score
 
 # The role words of published variants: the other word where a puzzle's solution shows only one of them.
 ROLE_PAIRS = (
-    ("knight", "knave"), ("saint", "sinner"), ("hero", "villain"), ("angel", "devil"), ("altruist", "egoist"),
-    ("sage", "fool"), ("pioneer", "laggard"), ("truth-teller", "liar"),
-)  # fmt: skip
+    ("knight", "knave"),
+    ("saint", "sinner"),
+    ("hero", "villain"),
+    ("angel", "devil"),
+    ("altruist", "egoist"),
+    ("sage", "fool"),
+    ("pioneer", "laggard"),
+    ("truth-teller", "liar"),
+)
 _LINE = re.compile(r"\((\d+)\) (.+) is an? (\S.*)")
 
 

@@ -12,7 +12,7 @@ Words = tuple[str, ...]  # a name's or a role's tokens
 
 _TOKEN = re.compile(r"[^\W_]+|\n|->|[^\w\s]|_")  # one pass, no backtracking
 _SAME = str.maketrans({"’": "'", "–": "-", "—": "-", "‑": "-", "−": "-", "→": "->", "⇒": "->", "“": '"', "”": '"'})
-_EMPHASIS = frozenset("*_`\"")  # fmt: skip
+_EMPHASIS = frozenset('*_`"')
 
 
 @dataclasses.dataclass(frozen=True)

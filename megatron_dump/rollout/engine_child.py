@@ -64,9 +64,12 @@ class EngineChild:
         return self._failure is None
 
     def call(
-        self, head: dict[str, Any], arrays: Sequence[np.ndarray], parse: Callable[[list[np.ndarray]], Any],
+        self,
+        head: dict[str, Any],
+        arrays: Sequence[np.ndarray],
+        parse: Callable[[list[np.ndarray]], Any],
         limit_s: float,
-    ) -> Future[Any]:  # fmt: skip
+    ) -> Future[Any]:
         """Ask for something. The future's exception is EngineDied or EngineRefused."""
         return self._ask(head, arrays, _Call(parse, limit_s))
 
@@ -112,9 +115,13 @@ class EngineChild:
             with theirs, open(self._log, "ab") as log:
                 self._process = subprocess.Popen(
                     [*command, str(theirs.fileno()), str(os.getpid())],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(env),
-                    pass_fds=[theirs.fileno()], start_new_session=True,
-                )  # fmt: skip
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=dict(env),
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
             while self._failure is None:
                 self._take()
         except (EOFError, ConnectionError):

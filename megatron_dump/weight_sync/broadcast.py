@@ -35,10 +35,17 @@ class Sender:
         self._ended: Callable[[int], bool] = lambda i: False
         self.finished: set[int] = set()
         self.links = [
-            {"transport": "broadcast", "host": self._address, "port": self._store.port, "rank": i + 1,
-             "size": self._size, "backend": backend, "timeout_s": 2 * timeout_s}
+            {
+                "transport": "broadcast",
+                "host": self._address,
+                "port": self._store.port,
+                "rank": i + 1,
+                "size": self._size,
+                "backend": backend,
+                "timeout_s": 2 * timeout_s,
+            }
             for i in range(n)
-        ]  # fmt: skip
+        ]
 
     def connect(self, ended: Callable[[int], bool]) -> None:
         """Wait for the receivers; ConnectionError when `ended` says of one that it will not come."""

@@ -21,9 +21,15 @@ class Crew:
     """One lead's plan as one of its ranks sees it. Creating it is a collective of all ranks, members or not."""
 
     def __init__(
-        self, lead: int, rank: int, plan: list[Bucket], shared: bool, weights: Weights, device: torch.device,
+        self,
+        lead: int,
+        rank: int,
+        plan: list[Bucket],
+        shared: bool,
+        weights: Weights,
+        device: torch.device,
         timeout_s: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.lead, self.rank, self.plan, self.shared = lead, rank, plan, shared
         self._weights, self._device = weights, device
         self.size = max(bucket.nbytes for bucket in plan)

@@ -71,8 +71,13 @@ class Sender:
         return segment
 
     def publish(self, segment: Segment, entries: Sequence[Entry], digests: list[str] | None, last: bool) -> None:
-        message = {"segment": segment.serial, "size": segment.size, "entries": contents.to_json(entries),
-                   "digests": digests, "last": last}  # fmt: skip
+        message = {
+            "segment": segment.serial,
+            "size": segment.size,
+            "entries": contents.to_json(entries),
+            "digests": digests,
+            "last": last,
+        }
         self._n_sent += len(entries)
         self._hear(0.0)
         for i, peer in list(self._peers.items()):

@@ -57,9 +57,11 @@ class WeightSync:
         self.crews: list[Crew] = []  # of all leads; this rank is not in all of them
         for i, lead in enumerate(found.leads):
             plan = make_plan(
-                found.pieces, lambda rank, lead=lead: found.distance(lead, rank), int(self._options.bucket_mb * 2**20),
+                found.pieces,
+                lambda rank, lead=lead: found.distance(lead, rank),
+                int(self._options.bucket_mb * 2**20),
                 self._options.dtype,
-            )  # fmt: skip
+            )
             reached = all(found.shares[i][rank] for bucket in plan for rank in bucket.ranks)
             # Longer than a lead waits for its engines: the others learn of that from it.
             timeout_s = 2 * self._options.timeout_s

@@ -13,9 +13,15 @@ from megatron_dump.actor.architecture import Architecture, read_architecture
 from megatron_dump.actor.model import build_model, transformer_config
 
 _SIZES = dict(
-    vocab_size=67, hidden_size=24, intermediate_size=22, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-)  # fmt: skip
+    vocab_size=67,
+    hidden_size=24,
+    intermediate_size=22,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, norm_topk_prob=True)
 FAMILIES = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -23,12 +29,14 @@ FAMILIES = {
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 10}),
     "llama": ("llama", {"tie_word_embeddings": False}),
     "qwen3-moe": (
-        "qwen3_moe", {**_EXPERTS, "head_dim": 10, "mlp_only_layers": [1]},
+        "qwen3_moe",
+        {**_EXPERTS, "head_dim": 10, "mlp_only_layers": [1]},
     ),
     "qwen2-moe": (
-        "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 14},
+        "qwen2_moe",
+        {**_EXPERTS, "shared_expert_intermediate_size": 14},
     ),
-}  # fmt: skip
+}
 DENSE = [name for name in FAMILIES if not name.endswith("moe")]
 
 

@@ -256,7 +256,7 @@ def test_no_process_is_started_for_a_save(model, tmp_path):
     def children() -> tuple[int, list[str]]:
         return len(os.listdir(f"/proc/{os.getpid()}/task")), [
             pid for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()
-        ]  # fmt: skip
+        ]
 
     def _parent(pid: str) -> int:
         try:
@@ -406,15 +406,20 @@ def test_a_run_in_the_background_is_the_run_in_the_foreground(tmp_path_factory, 
     """async_save, retention and offloading change no bit of a run, nor do they over a resume on fewer ranks."""
     data = make_data(tmp_path_factory.mktemp("data"))
     common = {
-        "model.data.validation_files": f"[{data / 'test.parquet'}]", "trainer.grpo.val_check_interval": 1,
-        "trainer.grpo.val_samples_per_prompt": 1, "trainer.grpo.save_interval": 1,
+        "model.data.validation_files": f"[{data / 'test.parquet'}]",
+        "trainer.grpo.val_check_interval": 1,
+        "trainer.grpo.val_samples_per_prompt": 1,
+        "trainer.grpo.save_interval": 1,
         "trainer.grpo.run_validation_step_0": "false",
-    }  # fmt: skip
+    }
     params = "exp_manager.checkpoint_callback_params"
     background = {
-        **common, f"{params}.async_save": "true", f"{params}.save_top_k": 1, f"{params}.monitor": "val/accuracy",
+        **common,
+        f"{params}.async_save": "true",
+        f"{params}.save_top_k": 1,
+        f"{params}.monitor": "val/accuracy",
         "model.grpo.offload_adam_states": "true",
-    }  # fmt: skip
+    }
     train(2, data, tmp_path / "plain", **common)
     train(2, data, tmp_path / "background", **{**background, "trainer.grpo.max_steps": 2})
     train(2, data, tmp_path / "background", **background)

@@ -30,8 +30,13 @@ def _tool():
 
 
 TOOL = _tool()
-OPTIONS = {"tensor": "tensor-model", "pipeline": "pipeline-model", "virtual_pipeline": "virtual-pipeline-model",
-           "expert": "expert-model", "expert_tensor": "expert-tensor"}  # fmt: skip
+OPTIONS = {
+    "tensor": "tensor-model",
+    "pipeline": "pipeline-model",
+    "virtual_pipeline": "virtual-pipeline-model",
+    "expert": "expert-model",
+    "expert_tensor": "expert-tensor",
+}
 LAYOUTS = {  # name -> world size, fields of Layout
     "one": (1, {}),
     "TP2": (2, {"tensor": 2}),
@@ -71,9 +76,11 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "there", "back"),
-    [*((f, *way) for f in DENSE for way in WAYS),
-     *((f, *way) for f in FAMILIES if f not in DENSE for way in EXPERT_WAYS)],
-)  # fmt: skip
+    [
+        *((f, *way) for f in DENSE for way in WAYS),
+        *((f, *way) for f in FAMILIES if f not in DENSE for way in EXPERT_WAYS),
+    ],
+)
 def test_round_trip_is_byte_equal(folders, tmp_path, family, there, back):
     """HF -> checkpoint under one layout -> HF under another; transformers' own file when there is one file."""
     original, out = folders(family), tmp_path / "out"
@@ -143,8 +150,15 @@ def test_a_runs_checkpoint_becomes_the_folder_its_actor_saves(tmp_path):
         convert.save_hf(actor.modules, actor.arch, actor.parallel, str(tmp_path / "direct"), source=str(path))
 
     run_ranks(rank, 4)
-    command = [sys.executable, REPO / "tools/convert_checkpoint.py", "to-hf", tmp_path / "checkpoints/step_3",
-               tmp_path / "out", "--source", path]  # fmt: skip
+    command = [
+        sys.executable,
+        REPO / "tools/convert_checkpoint.py",
+        "to-hf",
+        tmp_path / "checkpoints/step_3",
+        tmp_path / "out",
+        "--source",
+        path,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     assert TOOL.main(["check", str(tmp_path / "direct"), str(tmp_path / "out")]) == 0

@@ -45,12 +45,13 @@ REFUSED = {
     ),
     "unexpected": (lambda w, c: w.update(surprise=torch.zeros(1)), "1 tensors are not part of the model: surprise"),
     "bias of o_proj": (
-        lambda w, c: w.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(24)}), "self_attn.o_proj.bias",
+        lambda w, c: w.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(24)}),
+        "self_attn.o_proj.bias",
     ),
     "quantised": (lambda w, c: w.update({LAST: torch.zeros(24, 22, dtype=torch.float8_e4m3fn)}), f"{LAST} is F8_E4M3"),
     "untied without a head": (lambda w, c: c.update(tie_word_embeddings=False), f"missing: {HEAD}"),
     "tied with another head": (lambda w, c: w.update({HEAD: w[EMBEDDING] + 1}), f"{HEAD} differs from {EMBEDDING}"),
-}  # fmt: skip
+}
 TAKEN = {
     "rotation frequencies": lambda w, c: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}),
     "tied with a copy": lambda w, c: w.update({HEAD: w[EMBEDDING].clone()}),
@@ -207,9 +208,16 @@ def test_memory_is_bounded_by_a_tensor_and_a_file(tmp_path):
     """A model of 200 MB in files of 20 MB, on two tensor ranks of 100 MB each."""
     path, shard = tmp_path / "model", 20_000_000
     write_family(
-        path, "qwen2-untied", max_shard_size="20MB", vocab_size=9001, hidden_size=1024, intermediate_size=2730,
-        num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
-    )  # fmt: skip
+        path,
+        "qwen2-untied",
+        max_shard_size="20MB",
+        vocab_size=9001,
+        hidden_size=1024,
+        intermediate_size=2730,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     group = 9001 * 1024 * 2  # the embedding, the largest
     assert total > 10 * shard and group < shard

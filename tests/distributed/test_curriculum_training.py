@@ -127,8 +127,10 @@ def test_the_loss_is_the_mean_that_its_mode_says(data, tmp_path):
     for mode in ("token-mean", "seq-mean-token-mean", "prompt-mean"):
         where = {"trainer.grpo.inference_backend.record": tmp_path / "rollouts"}
         if norms:
-            where = {f"trainer.grpo.inference_backend.{k}": v for k, v in
-                     (("type", "recorded"), ("path", tmp_path / "rollouts"))}  # fmt: skip
+            where = {
+                f"trainer.grpo.inference_backend.{k}": v
+                for k, v in (("type", "recorded"), ("path", tmp_path / "rollouts"))
+            }
         train(1, data, tmp_path / mode, **ragged, **where, **{"model.grpo.loss_agg_mode": mode})
         (row,) = rows(tmp_path / mode)
         told = [outcomes_from_json(e["outcomes"]) for e in rows(tmp_path / mode, "curriculum.jsonl") if "outcomes" in e]

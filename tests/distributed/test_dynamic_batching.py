@@ -43,9 +43,12 @@ def _train(path: str, tensor: int, pipeline: int, deal: str = "in order", **sett
         mine = _deal(deal, lengths + [len(p) for p in prompts], actor.parallel.data_size)[actor.parallel.data_rank]
         weights = np.where(np.arange(N) % 5 == 3, 0.0, 1.25)
         batch = actor.make_batch(
-            [prompts[i] for i in mine], [completions[i] for i in mine], advantages[mine], float(lengths.sum()),
+            [prompts[i] for i in mine],
+            [completions[i] for i in mine],
+            advantages[mine],
+            float(lengths.sum()),
             weights[mine],
-        )  # fmt: skip
+        )
         batch.old_logprobs = actor.compute_logprobs(batch)
         if batch.old_logprobs is not None:  # as if the policy had moved since
             batch.old_logprobs = batch.old_logprobs + 0.3 * np.sin(np.arange(batch.tokens.shape[1], dtype=np.float32))
@@ -127,16 +130,32 @@ def test_a_rollout_over_the_budget_is_told_on_every_rank(model):
 def test_a_run_on_two_ranks_by_tokens_equals_one_of_equal_sizes(tmp_path):
     """The whole loop, from recorded completions, with two updates a step and groups that the filter rejects."""
     data = make_data(tmp_path)
-    common = {"trainer.grpo.max_steps": 2, "model.global_batch_size": 16,
-              "trainer.grpo.curriculum.filter": "{name: zero_variance, max_refills: 0}"}  # fmt: skip
-    train(1, data, tmp_path / "one", **common, **{
-        "trainer.grpo.inference_backend.record": tmp_path / "rollouts",
-    })  # fmt: skip
-    train(2, data, tmp_path / "two", **common, **{
-        "trainer.grpo.inference_backend.type": "recorded",
-        "trainer.grpo.inference_backend.path": tmp_path / "rollouts",
-        "model.dynamic_batching.enabled": "true", "model.dynamic_batching.train_mb_tokens": 1024,
-    })  # fmt: skip
+    common = {
+        "trainer.grpo.max_steps": 2,
+        "model.global_batch_size": 16,
+        "trainer.grpo.curriculum.filter": "{name: zero_variance, max_refills: 0}",
+    }
+    train(
+        1,
+        data,
+        tmp_path / "one",
+        **common,
+        **{
+            "trainer.grpo.inference_backend.record": tmp_path / "rollouts",
+        },
+    )
+    train(
+        2,
+        data,
+        tmp_path / "two",
+        **common,
+        **{
+            "trainer.grpo.inference_backend.type": "recorded",
+            "trainer.grpo.inference_backend.path": tmp_path / "rollouts",
+            "model.dynamic_batching.enabled": "true",
+            "model.dynamic_batching.train_mb_tokens": 1024,
+        },
+    )
     compared = 0
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         for key in theirs:
@@ -149,6 +168,12 @@ def test_a_run_on_two_ranks_by_tokens_equals_one_of_equal_sizes(tmp_path):
 def test_a_budget_too_small_for_the_data_is_refused_at_the_start(tmp_path):
     data = make_data(tmp_path)
     with pytest.raises(RuntimeError, match=r"train_mb_tokens=64: the longest prompt, \d+ tokens, .* raise it to at"):
-        train(1, data, tmp_path / "run", **{
-            "model.dynamic_batching.enabled": "true", "model.dynamic_batching.train_mb_tokens": 64,
-        })  # fmt: skip
+        train(
+            1,
+            data,
+            tmp_path / "run",
+            **{
+                "model.dynamic_batching.enabled": "true",
+                "model.dynamic_batching.train_mb_tokens": 64,
+            },
+        )

@@ -28,19 +28,34 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """Two steps on two tensor ranks, a checkpoint and a validation after each."""
     folder = tmp_path_factory.mktemp("run")
-    train(2, data, folder, 2, **{
-        "model.data.validation_files": f"[{data / 'test.parquet'}]", "trainer.grpo.max_steps": 2,
-        "trainer.grpo.val_check_interval": 1, "trainer.grpo.save_interval": 1, "model.optim.lr": 1e-3,
-        "trainer.grpo.val_samples_per_prompt": N, "trainer.grpo.run_validation_step_0": "true",
-        "exp_manager.checkpoint_callback_params.monitor": "critic/score/mean",
-    })  # fmt: skip
+    train(
+        2,
+        data,
+        folder,
+        2,
+        **{
+            "model.data.validation_files": f"[{data / 'test.parquet'}]",
+            "trainer.grpo.max_steps": 2,
+            "trainer.grpo.val_check_interval": 1,
+            "trainer.grpo.save_interval": 1,
+            "model.optim.lr": 1e-3,
+            "trainer.grpo.val_samples_per_prompt": N,
+            "trainer.grpo.run_validation_step_0": "true",
+            "exp_manager.checkpoint_callback_params.monitor": "critic/score/mean",
+        },
+    )
     return folder
 
 
 def evaluate(world, data, tensor=1, pipeline=1, **overrides):
     """The result, which every rank must have alike."""
-    settings = {"evaluate.modes": "[sampled]", "evaluate.samples_per_prompt": N, "evaluate.bootstrap_samples": 50,
-                "model.data.validation_files": f"[{data / 'test.parquet'}]", **overrides}  # fmt: skip
+    settings = {
+        "evaluate.modes": "[sampled]",
+        "evaluate.samples_per_prompt": N,
+        "evaluate.bootstrap_samples": 50,
+        "model.data.validation_files": f"[{data / 'test.parquet'}]",
+        **overrides,
+    }
     asked = arguments(world, data, "unused", tensor, pipeline, **settings)
 
     def one_rank() -> str:
@@ -91,9 +106,15 @@ def test_the_folder_it_began_with_and_the_best_checkpoint(data, run):
             validated(run, best)[f"val/{source}/reward"], rel=1e-12
         )
     files = [str(data / f"{name}.parquet") for name in ("test", "train")]
-    both = evaluate(2, data, **{
-        "evaluate.files": f"[{','.join(files)}]", "evaluate.num_prompts": 9, "evaluate.modes": "[greedy,sampled]",
-    })["files"]  # fmt: skip
+    both = evaluate(
+        2,
+        data,
+        **{
+            "evaluate.files": f"[{','.join(files)}]",
+            "evaluate.num_prompts": 9,
+            "evaluate.modes": "[greedy,sampled]",
+        },
+    )["files"]
     assert list(both) == files and both[files[0]]["fingerprint"] != both[files[1]]["fingerprint"]
     for file in both.values():
         assert file["prompts"] == 9 and list(file["modes"]) == ["greedy", "sampled"]
@@ -117,19 +138,33 @@ def test_the_script_writes_and_prints_what_the_tools_take(data, run, tmp_path):
 
     OmegaConf.save(SCRIPT.compose_config(arguments(1, data, run), ""), tmp_path / "config.yaml")
     shown = script(
-        "examples/evaluate.py", f"--config-path={tmp_path}", "--config-name=config", f"evaluate.checkpoint={best}",
-        f"evaluate.files=[{data / 'test.parquet'}]", "evaluate.num_prompts=6", "evaluate.samples_per_prompt=2",
+        "examples/evaluate.py",
+        f"--config-path={tmp_path}",
+        "--config-name=config",
+        f"evaluate.checkpoint={best}",
+        f"evaluate.files=[{data / 'test.parquet'}]",
+        "evaluate.num_prompts=6",
+        "evaluate.samples_per_prompt=2",
         f"evaluate.out={out}",
-    )  # fmt: skip
+    )
     modes = json.loads(out.read_text())["files"][str(data / "test.parquet")]["modes"]
     assert list(modes) == ["greedy", "sampled"] and f"evaluation: {out}" in shown
     mean = modes["sampled"]["mean"]["maj@2"]["value"]
     assert "sampled, with 95% intervals over prompts" in shown and f"{mean:.3f} (" in shown
     preview = tmp_path / "preview"
     shown = script(
-        "tools/upload_to_hub.py", best, "me/kk", "--source", MODEL, "--license", "apache-2.0", "--evaluation", out,
-        "--dry-run", preview,
-    )  # fmt: skip
+        "tools/upload_to_hub.py",
+        best,
+        "me/kk",
+        "--source",
+        MODEL,
+        "--license",
+        "apache-2.0",
+        "--evaluation",
+        out,
+        "--dry-run",
+        preview,
+    )
     card = (preview / "README.md").read_text()
     assert f"{mean:.3f} (" in card and f"Of `{best.resolve().name}`" in card and str(tmp_path) not in card
     state = json.loads((best / "state.json").read_text())
@@ -142,13 +177,15 @@ def test_the_script_writes_and_prints_what_the_tools_take(data, run, tmp_path):
     ("overrides", "message"),
     [
         ({"evaluate.checkpoint": "nowhere"}, "nowhere/model is no checkpoint"),
-        ({"evaluate.checkpoint": "{run}/checkpoints/step_1", "trainer.precision": "bf16"},
-         r"trainer\.precision=bf16.*set trainer\.precision=32"),
+        (
+            {"evaluate.checkpoint": "{run}/checkpoints/step_1", "trainer.precision": "bf16"},
+            r"trainer\.precision=bf16.*set trainer\.precision=32",
+        ),
         ({"evaluate.files": "[nowhere.parquet]"}, r"evaluate\.files: no such file: nowhere\.parquet"),
         ({"model.grpo.length_params.max_length": 500}, r"max_length=500: with the longest prompt of validation"),
         ({"evaluate.files": "[a.parquet,./a.parquet]"}, "a file comes twice"),
     ],
-)  # fmt: skip
+)
 def test_one_line_for_what_cannot_be_used(data, run, overrides, message):
     with pytest.raises(RankFailed, match=message):
         evaluate(1, data, **{key: str(value).format(run=run) for key, value in overrides.items()})

@@ -47,8 +47,9 @@ def _advantages_by_hand(kind: str) -> tuple[dict[int, float], float]:
         kl[i] = math.fsum(estimates[kind](float(r) - float(p)) for p, r in pairs if math.isfinite(p))
         rewards[i] = told.rewards[i] - BETA * kl[i]
     groups = {i: [r for j, r in rewards.items() if told.group_ids[j] == told.group_ids[i]] for i in rewards}
-    advantages = {i: (r - statistics.fmean(groups[i])) / (statistics.stdev(groups[i]) + 1e-6)
-                  for i, r in rewards.items()}  # fmt: skip
+    advantages = {
+        i: (r - statistics.fmean(groups[i])) / (statistics.stdev(groups[i]) + 1e-6) for i, r in rewards.items()
+    }
     return advantages, statistics.fmean(kl[i] / LENGTHS[i] for i in kl)
 
 

@@ -41,17 +41,41 @@ def mixture(tmp_path_factory):
     make_data(folder / "kk")
     sums = [
         {"question": words.format(a, b), "answer": f"{a + b}"}
-        for a, b in itertools.product(range(2, 7), repeat=2) if a + b <= 8
+        for a, b in itertools.product(range(2, 7), repeat=2)
+        if a + b <= 8
         for words in ("If {} and {} then :", "{} , and {} :")
-    ]  # fmt: skip
+    ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     assert not any(TOKENIZER.unk_token_id in encoded(row["question"]) for row in sums)
     words = [
-        "--out", folder, "--only", "train", "--input", folder / "kk/train.parquet",
-        "--input", folder / "sums.jsonl", "source=sums", "prompt=question", "answer=answer", "split=train",
-        "--limit", "kk_logic_4", "train=0", "--limit", "*", "train=30", "--duplicates", "refuse",
-        "--tokenizer", MODEL, "--max-prompt-length", "256", "--reward", "kk_*=kk", "sums=math",
-    ]  # fmt: skip
+        "--out",
+        folder,
+        "--only",
+        "train",
+        "--input",
+        folder / "kk/train.parquet",
+        "--input",
+        folder / "sums.jsonl",
+        "source=sums",
+        "prompt=question",
+        "answer=answer",
+        "split=train",
+        "--limit",
+        "kk_logic_4",
+        "train=0",
+        "--limit",
+        "*",
+        "train=30",
+        "--duplicates",
+        "refuse",
+        "--tokenizer",
+        MODEL,
+        "--max-prompt-length",
+        "256",
+        "--reward",
+        "kk_*=kk",
+        "sums=math",
+    ]
     assert combine_datasets.main([*map(str, words)]) == 0
     return folder
 

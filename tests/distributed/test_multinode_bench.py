@@ -99,11 +99,14 @@ def held(path, tensor, pipeline, **overrides) -> tuple[list[int], list[int]]:
     actor = make_actor(str(path), tensor, pipeline, **overrides)
     place = actor.parallel
     predicted = memory.held(
-        Shape(actor.arch, place.layout), place.pipeline_rank,
-        place.data_rank * place.context_size + place.context_rank, place.data_size * place.context_size,
-        actor.transformer_config.params_dtype.itemsize, actor.options.use_distributed_optimizer,
+        Shape(actor.arch, place.layout),
+        place.pipeline_rank,
+        place.data_rank * place.context_size + place.context_rank,
+        place.data_size * place.context_size,
+        actor.transformer_config.params_dtype.itemsize,
+        actor.options.use_distributed_optimizer,
         actor.options.overlap_grad_reduce,
-    )  # fmt: skip
+    )
     measured = real.held(actor.models, actor.optimizer, actor.reference.weights)
     return measured, [predicted.parameters, predicted.gradients, predicted.optimizer, predicted.reference]
 

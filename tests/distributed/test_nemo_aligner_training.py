@@ -39,11 +39,13 @@ def _numbers(log_dir) -> list[dict]:
 def test_it_trains_as_the_same_in_our_keys(data, tmp_path):
     files = {split: data / f"{split}.parquet" for split in ("train", "test")}
     theirs = [
-        f"--config-path={FOLDER}", "--config-name=style", *WITHOUT,
+        f"--config-path={FOLDER}",
+        "--config-name=style",
+        *WITHOUT,
         f"pretrained_checkpoint.restore_from_path={MODEL}",
         f"model.data.data_prefix={{train: [{files['train']}], validation: [{files['test']}], test: [{files['test']}]}}",
         f"exp_manager.explicit_log_dir={tmp_path / 'theirs'}",
-    ]  # fmt: skip
+    ]
     settings = {
         **OURS,
         "pretrained_checkpoint.restore_from_path": MODEL,
@@ -99,7 +101,8 @@ def _two_seeds(command) -> list[bool]:
 
 def test_a_greedy_validation_leaves_training_sampled(data, tmp_path):
     overrides = {
-        "trainer.grpo.greedy_on_validation": "true", "trainer.grpo.val_samples_per_prompt": 1,
+        "trainer.grpo.greedy_on_validation": "true",
+        "trainer.grpo.val_samples_per_prompt": 1,
         "trainer.grpo.inference_backend.reshard": "true",
-    }  # fmt: skip
+    }
     assert run_ranks(_two_seeds, 1, arguments(1, data, tmp_path, **overrides))[0] == [True, False]

@@ -44,16 +44,19 @@ SHRUNK = {  # recipe -> (ranks, overrides besides SMALL)
     "kk_qwen2.5_7b_8gpu_uniform": (2, TENSOR),
     "kk_qwen2.5_7b_2node": (4, TENSOR),
     "math_mixture": (2, TENSOR),
-    "cures_1.5b": (2, {
-        "trainer.devices": 2,
-        "model.dynamic_batching.train_mb_tokens": 1024,
-        "model.global_batch_size": 32,
-        # puzzles as its one source: kk-tiny solves some, and never boxes a result
-        "trainer.grpo.curriculum.source_key": "ability",
-        "trainer.grpo.curriculum.prompts.subsets": 4,
-        "model.data.rewards.logic": "kk",
-    }),
-}  # fmt: skip
+    "cures_1.5b": (
+        2,
+        {
+            "trainer.devices": 2,
+            "model.dynamic_batching.train_mb_tokens": 1024,
+            "model.global_batch_size": 32,
+            # puzzles as its one source: kk-tiny solves some, and never boxes a result
+            "trainer.grpo.curriculum.source_key": "ability",
+            "trainer.grpo.curriculum.prompts.subsets": 4,
+            "model.data.rewards.logic": "kk",
+        },
+    ),
+}
 WITH_VLLM = {"async_vllm"}  # tests/vllm/test_recipe.py
 
 
@@ -68,8 +71,10 @@ def sums(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sums")
     command = ["--out", folder, "--duplicates", "refuse", "--reward", "gsm8k=math", "aime_*=math"]
     for name, words in (
-        ("gsm8k", "If {} and {} then :"), ("aime_1983", "{} , and {} :"), ("aime_2000", "Is {} or {} :"),
-    ):  # fmt: skip
+        ("gsm8k", "If {} and {} then :"),
+        ("aime_1983", "{} , and {} :"),
+        ("aime_2000", "Is {} or {} :"),
+    ):
         marked = "#### {}" if name == "gsm8k" else "{}"
         made = [
             {"question": words.format(a, b), "answer": marked.format(a + b)}
@@ -77,8 +82,15 @@ def sums(tmp_path_factory):
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
         after = ["answer_after=####"] if name == "gsm8k" else []
-        command += ["--input", folder / f"{name}.jsonl", f"source={name}", "prompt=question", "answer=answer", *after,
-                    "split=0.2"]  # fmt: skip
+        command += [
+            "--input",
+            folder / f"{name}.jsonl",
+            f"source={name}",
+            "prompt=question",
+            "answer=answer",
+            *after,
+            "split=0.2",
+        ]
     assert combine_datasets.main([*map(str, command)]) == 0
     return folder
 

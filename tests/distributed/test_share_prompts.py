@@ -33,11 +33,13 @@ CASES = {  # model family, ranks, keys of `model:`
     "selective recompute, PP2": ("qwen2", 2, {"recompute_granularity": "selective", **PP2}),
     "dynamic micro-batches": ("qwen2", 1, {"dynamic_batching": {"enabled": True, "train_mb_tokens": 64}}),
     "dynamic micro-batches, TP2xSPxPP2xDP2": (
-        "llama", 8, {**SP, **PP2, "dynamic_batching": {"enabled": True, "train_mb_tokens": 56}},
+        "llama",
+        8,
+        {**SP, **PP2, "dynamic_batching": {"enabled": True, "train_mb_tokens": 56}},
     ),
     "EP2": ("qwen3_moe", 2, {"expert_model_parallel_size": 2}),
     "split experts": ("qwen3_moe", 2, SP),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,13 @@ def plain_steps(trainer, steps):
         ):
             mine = [completions[i] for i in share.rows]
             batch = actor.make_batch(
-                [prompts[c.group_id].token_ids for c in mine], mine, share.advantages, share.global_tokens,
-                share.weights, share.n_rows,
-            )  # fmt: skip
+                [prompts[c.group_id].token_ids for c in mine],
+                mine,
+                share.advantages,
+                share.global_tokens,
+                share.weights,
+                share.n_rows,
+            )
             batch.ref_logprobs = actor.compute_logprobs(batch, reference=True)
             actor.train_step(batch)
 
@@ -81,9 +85,12 @@ def killed(command, after):
 def test_a_run_ahead_corrects_and_resumes_on_another_layout(data, tmp_path):
     """TP=2 x DP=2, killed in its fourth step after a checkpoint of the third, and TP=2 from there."""
     settings = {
-        "trainer.grpo.max_staleness": 2, "model.grpo.importance_sampling_cap": 2.0, "trainer.grpo.max_steps": 5,
-        "trainer.grpo.save_interval": 3, "trainer.grpo.curriculum.sources": "{name: uniform}",
-    }  # fmt: skip
+        "trainer.grpo.max_staleness": 2,
+        "model.grpo.importance_sampling_cap": 2.0,
+        "trainer.grpo.max_steps": 5,
+        "trainer.grpo.save_interval": 3,
+        "trainer.grpo.curriculum.sources": "{name: uniform}",
+    }
     train(4, data, tmp_path / "whole", tensor=2, **settings)
     with pytest.raises(RankFailed):
         run_ranks(killed, 4, arguments(4, data, tmp_path / "parts", tensor=2, **settings), 3, timeout_s=300)

@@ -103,9 +103,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_and_costs_nothing(data, w
 
 def test_generation_ahead_stops_and_loses_nothing(data, tmp_path):
     settings = {
-        "trainer.grpo.max_staleness": 1, "model.grpo.importance_sampling_cap": 2.0, "trainer.grpo.save_interval": 2,
+        "trainer.grpo.max_staleness": 1,
+        "model.grpo.importance_sampling_cap": 2.0,
+        "trainer.grpo.save_interval": 2,
         "trainer.grpo.curriculum.sources": "{name: uniform}",
-    }  # fmt: skip
+    }
     lives(4, data, tmp_path / "whole", tensor=2, **settings)
     stopped = lives(4, data, tmp_path / "parts", tensor=2, signalled=(3, 2), **settings)
     assert {(o.state, o.step) for o, *_ in stopped} == {("stopped", 2)}
@@ -121,9 +123,11 @@ def test_generation_ahead_stops_and_loses_nothing(data, tmp_path):
 def test_a_run_ends_with_the_step_that_spends_its_tokens(data, tmp_path):
     """What it has spent is in the checkpoint: with a larger budget the run goes on, and ends by the sum."""
     settings = {
-        "trainer.grpo.val_check_interval": 50, "trainer.grpo.save_interval": 50, "trainer.grpo.max_steps": 50,
+        "trainer.grpo.val_check_interval": 50,
+        "trainer.grpo.save_interval": 50,
+        "trainer.grpo.max_steps": 50,
         "model.data.validation_files": f"[{data / 'test.parquet'}]",
-    }  # fmt: skip
+    }
     budget = "trainer.grpo.max_generated_tokens"
     first = lives(2, data, tmp_path, **settings, **{budget: 1})
     assert {(o.state, o.step, o.reason) for o, *_ in first} == {("finished", 1, f"{budget}=1 reached")}
@@ -142,10 +146,12 @@ def slow(text: str, ground_truth: str) -> Score:
 def test_a_run_stops_before_its_job_ends(data, tmp_path):
     """Steps of 16 completions / 2 processes x 0.1 s, and more; 10 of the job's 30 s are for the checkpoint."""
     settings = {
-        "trainer.grpo.max_steps": 500, "exp_manager.time_reserve_s": 10, "trainer.grpo.save_interval": 50,
+        "trainer.grpo.max_steps": 500,
+        "exp_manager.time_reserve_s": 10,
+        "trainer.grpo.save_interval": 50,
         "model.data.rewards": "{kk_logic_*: tests.distributed.test_stopping:slow}",
         "model.grpo.length_params.max_length": 8,
-    }  # fmt: skip
+    }
     ended = lives(2, data, tmp_path, job_s=30, **settings)
     outcome, longest = ended[0][0], max(row["timing_s/step"] for row in rows(tmp_path))
     assert {(o.state, o.step) for o, *_ in ended} == {("stopped", outcome.step)}
@@ -172,9 +178,12 @@ def test_the_script_is_signalled_as_slurm_does_it(data, tmp_path):
     (tmp_path / "log").touch()
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(
-            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command], cwd=REPO, env=environment(), stdout=log,
+            ["bash", "-c", "trap '' USR1; exec \"$@\"", "-", *command],
+            cwd=REPO,
+            env=environment(),
+            stdout=log,
             stderr=log,
-        )  # fmt: skip
+        )
     try:
         metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not (metrics.exists() and metrics.stat().st_size):

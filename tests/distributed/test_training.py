@@ -27,26 +27,32 @@ def recorded(data, tmp_path_factory):
     """Eight ranks, TP=2 x PP=2 x DP=2, two optimizer steps a step; their completions are kept."""
     log_dir = tmp_path_factory.mktemp("eight")
     weights = train(
-        8, data, log_dir, 2, 2,
+        8,
+        data,
+        log_dir,
+        2,
+        2,
         **{
             "trainer.grpo.inference_backend.record": log_dir / "rollouts",
             "trainer.grpo.inference_backend.reshard": "false",
             "model.global_batch_size": 16,
         },
-    )  # fmt: skip
+    )
     return log_dir, weights
 
 
 def test_eight_ranks_train_as_one(data, recorded, tmp_path):
     eight, _ = recorded
     train(
-        1, data, tmp_path,
+        1,
+        data,
+        tmp_path,
         **{
             "trainer.grpo.inference_backend.type": "recorded",
             "trainer.grpo.inference_backend.path": eight / "rollouts",
             "model.global_batch_size": 16,
         },
-    )  # fmt: skip
+    )
     compared = 0
     for ours, theirs in zip(rows(eight), rows(tmp_path), strict=True):
         assert ours.keys() == theirs.keys()
@@ -162,8 +168,15 @@ def test_bad_input_is_one_clear_line_on_every_rank(data, tmp_path, case):
             str(REPO / "examples/train_gpt_grpo.py"),
             *arguments(2, data, tmp_path, **overrides(data)),
         ]
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         ranks.append(subprocess.Popen(command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True))
     for rank, process in enumerate(ranks):
         _, errors = process.communicate(timeout=120)
@@ -178,14 +191,24 @@ def test_bad_input_is_one_clear_line_on_every_rank(data, tmp_path, case):
 def test_the_documented_command_runs(data, tmp_path):
     """torchrun with eight ranks, as README has it."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "examples/train_gpt_grpo.py",
-        "--config-name=kk_cpu", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2",
-        "trainer.grpo.max_steps=3", "trainer.grpo.samples_per_prompt=8", "model.micro_batch_size=16",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=8",
+        "examples/train_gpt_grpo.py",
+        "--config-name=kk_cpu",
+        "model.tensor_model_parallel_size=2",
+        "model.pipeline_model_parallel_size=2",
+        "trainer.grpo.max_steps=3",
+        "trainer.grpo.samples_per_prompt=8",
+        "model.micro_batch_size=16",
         f"model.data.train_files=[{data / 'train.parquet'}]",
-        f"model.data.validation_files=[{data / 'test.parquet'}]", f"exp_manager.explicit_log_dir={tmp_path}",
-        "trainer.grpo.val_samples_per_prompt=1", "trainer.grpo.num_prompts_per_grpo_step=4",
+        f"model.data.validation_files=[{data / 'test.parquet'}]",
+        f"exp_manager.explicit_log_dir={tmp_path}",
+        "trainer.grpo.val_samples_per_prompt=1",
+        "trainer.grpo.num_prompts_per_grpo_step=4",
         "model.global_batch_size=32",
-    ]  # fmt: skip
+    ]
     run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "test accuracy" in run.stdout and "mean" in run.stdout

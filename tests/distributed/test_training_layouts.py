@@ -35,11 +35,21 @@ def experts(tmp_path_factory):
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=Qwen3MoeConfig.from_pretrained(MODEL).vocab_size, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, max_position_embeddings=512,
-        eos_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=Qwen3MoeConfig.from_pretrained(MODEL).vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -48,10 +58,15 @@ def experts(tmp_path_factory):
 def test_a_run_equals_one_rank(data, experts, tmp_path, layout):
     world, tensor, pipeline, keys = LAYOUTS[layout]
     common = {
-        "trainer.grpo.max_steps": STEPS, "trainer.grpo.save_interval": 0, "trainer.grpo.run_validation_step_0": "false",
-        "trainer.grpo.num_prompts_per_grpo_step": 4, "model.global_batch_size": 8, "model.micro_batch_size": 2,
-        "model.optim.lr": 2e-4, "model.grpo.length_params.max_length": 32,
-    }  # fmt: skip
+        "trainer.grpo.max_steps": STEPS,
+        "trainer.grpo.save_interval": 0,
+        "trainer.grpo.run_validation_step_0": "false",
+        "trainer.grpo.num_prompts_per_grpo_step": 4,
+        "model.global_batch_size": 8,
+        "model.micro_batch_size": 2,
+        "model.optim.lr": 2e-4,
+        "model.grpo.length_params.max_length": 32,
+    }
     if layout.startswith("EP2"):
         common["pretrained_checkpoint.restore_from_path"] = experts
     split, one = tmp_path / "split", tmp_path / "one"

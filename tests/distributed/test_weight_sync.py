@@ -107,11 +107,14 @@ def test_several_receivers_of_one_broadcast(folder, layout):
         assert_equal(after, 1, {name: tensor * 2 for name, tensor in expected.items()}, torch.float32)
 
 
-@pytest.mark.parametrize(("family", "world", "sizes"), [
-    ("qwen2", 4, dict(tensor=2, pipeline=2)),
-    ("qwen2", 2, dict(model={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2})),
-    ("qwen3_moe", 2, dict(model={"expert_model_parallel_size": 2})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "world", "sizes"),
+    [
+        ("qwen2", 4, dict(tensor=2, pipeline=2)),
+        ("qwen2", 2, dict(model={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2})),
+        ("qwen3_moe", 2, dict(model={"expert_model_parallel_size": 2})),
+    ],
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_engines_follow_training(tmp_path, family, world, sizes, tied):
     """After a train_step: what arrives is what save_hf writes, and the engine's log-probs are the trainer's."""

@@ -31,7 +31,7 @@ FAMILIES = {
         "qwen2_moe",
         {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
     ),
-}  # fmt: skip
+}
 
 
 def write_model(path: str, seed: int = 0, tied: bool = True, family: str = "qwen2") -> PreTrainedModel:
@@ -39,11 +39,22 @@ def write_model(path: str, seed: int = 0, tied: bool = True, family: str = "qwen
     torch.manual_seed(seed)
     model_type, options = FAMILIES[family]
     config = AutoConfig.for_model(
-        model_type, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6,
-        tie_word_embeddings=tied, eos_token_id=STOP, bos_token_id=None, initializer_range=0.2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **options,
-    )  # fmt: skip
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        eos_token_id=STOP,
+        bos_token_id=None,
+        initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **options,
+    )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):  # HF starts them at 1 and 0, which would hide mistakes
@@ -54,16 +65,30 @@ def write_model(path: str, seed: int = 0, tied: bool = True, family: str = "qwen
 
 def make_config(path: str, tensor: int = 1, pipeline: int = 1, **overrides) -> schema.Config:
     """A configuration of the tiny model; overrides are nested blocks, `model={…}`."""
-    base = OmegaConf.create({
-        "trainer": {"grpo": {"max_steps": 10, "num_prompts_per_grpo_step": 4, "samples_per_prompt": 4,
-                             "initial_policy_kl_penalty": 0.1}},
-        "pretrained_checkpoint": {"restore_from_path": path},
-        "model": {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline,
-                  "micro_batch_size": 4, "global_batch_size": 16, "make_vocab_size_divisible_by": 8,
-                  "optim": {"lr": 1e-2}, "data": {"train_files": ["none"]},
-                  "grpo": {"sampling_params": {"temperature": 0.7}}},
-        "exp_manager": {"explicit_log_dir": "none"},
-    })  # fmt: skip
+    base = OmegaConf.create(
+        {
+            "trainer": {
+                "grpo": {
+                    "max_steps": 10,
+                    "num_prompts_per_grpo_step": 4,
+                    "samples_per_prompt": 4,
+                    "initial_policy_kl_penalty": 0.1,
+                }
+            },
+            "pretrained_checkpoint": {"restore_from_path": path},
+            "model": {
+                "tensor_model_parallel_size": tensor,
+                "pipeline_model_parallel_size": pipeline,
+                "micro_batch_size": 4,
+                "global_batch_size": 16,
+                "make_vocab_size_divisible_by": 8,
+                "optim": {"lr": 1e-2},
+                "data": {"train_files": ["none"]},
+                "grpo": {"sampling_params": {"temperature": 0.7}},
+            },
+            "exp_manager": {"explicit_log_dir": "none"},
+        }
+    )
     return schema.load(OmegaConf.merge(base, OmegaConf.create(overrides)))
 
 

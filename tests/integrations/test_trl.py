@@ -62,10 +62,20 @@ def make(model, out, reward, steps, block=BLOCK, n_rows=40, **options):
 
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "save_steps": 2} | options
     config = GRPOConfig(
-        output_dir=str(out), max_steps=steps, num_generations=GROUP, max_completion_length=6, learning_rate=1e-2,
-        lr_scheduler_type="constant", report_to="none", bf16=False, use_cpu=True, logging_steps=1, disable_tqdm=True,
-        seed=3, **settings,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=steps,
+        num_generations=GROUP,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=3,
+        **settings,
+    )
     data = Dataset.from_list(rows(n_rows))
     trainer = Trainer(model, reward, config, data, eval_dataset=data.select(range(8)), curriculum=block)
     return trainer, Log(trainer.curriculum.curriculum)
@@ -143,8 +153,10 @@ def test_two_processes_draw_the_same_as_one(model, tmp_path):
 
 
 def test_the_example_trains_and_continues(tmp_path):
-    for command in ("kk.generate --people 2-3 --per-size 8 --test-per-size 4 --names 8 --frames 1 --seed 1",
-                    f"kk.dataset --in {tmp_path}"):  # fmt: skip
+    for command in (
+        "kk.generate --people 2-3 --per-size 8 --test-per-size 4 --names 8 --frames 1 --seed 1",
+        f"kk.dataset --in {tmp_path}",
+    ):
         subprocess.run([sys.executable, "-m", *command.split(), "--out", str(tmp_path)], check=True, timeout=300)
     path = ROOT / "examples" / "integrations" / "trl_grpo.py"
     spec = importlib.util.spec_from_file_location("trl_grpo", path)

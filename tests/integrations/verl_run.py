@@ -26,16 +26,33 @@ def make_trainer(folder: pathlib.Path, model: str, n_rows: int = 40, *overrides:
     path = str(folder / f"rows{n_rows}.parquet")
     datasets.Dataset.from_list(rows(n_rows)).to_parquet(path)
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", [
-            f"data.train_files={path}", f"data.val_files={path}", f"data.train_batch_size={PROMPTS}",
-            "data.dataloader_num_workers=0", "data.filter_overlong_prompts=True", "data.max_prompt_length=10",
-            f"+data.cache_dir={folder}", f"data.max_response_length={MAX_LENGTH}", "data.seed=3",
-            f"actor_rollout_ref.model.path={model}", f"actor_rollout_ref.rollout.n={GROUP}",
-            "actor_rollout_ref.rollout.name=vllm", f"trainer.default_local_dir={folder}/checkpoints",
-            "trainer.total_epochs=100", "trainer.v1.trainer_mode=curriculum", "algorithm.adv_estimator=grpo",
-            "critic.enable=False", "+data.curriculum.sources.name=dump_ucb", "+data.curriculum.sources.window=64",
-            "+data.curriculum.sources.exploration=0.0", "+data.curriculum.sources.temperature=0.2", *overrides,
-        ])  # fmt: skip
+        config = compose(
+            "ppo_trainer",
+            [
+                f"data.train_files={path}",
+                f"data.val_files={path}",
+                f"data.train_batch_size={PROMPTS}",
+                "data.dataloader_num_workers=0",
+                "data.filter_overlong_prompts=True",
+                "data.max_prompt_length=10",
+                f"+data.cache_dir={folder}",
+                f"data.max_response_length={MAX_LENGTH}",
+                "data.seed=3",
+                f"actor_rollout_ref.model.path={model}",
+                f"actor_rollout_ref.rollout.n={GROUP}",
+                "actor_rollout_ref.rollout.name=vllm",
+                f"trainer.default_local_dir={folder}/checkpoints",
+                "trainer.total_epochs=100",
+                "trainer.v1.trainer_mode=curriculum",
+                "algorithm.adv_estimator=grpo",
+                "critic.enable=False",
+                "+data.curriculum.sources.name=dump_ucb",
+                "+data.curriculum.sources.window=64",
+                "+data.curriculum.sources.exploration=0.0",
+                "+data.curriculum.sources.temperature=0.2",
+                *overrides,
+            ],
+        )
     trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
     trainer._init_tokenizer()
     trainer._init_dataloader()
@@ -123,10 +140,15 @@ async def put_rollout(prompt: dict[str, Any], sample: int, lost: set[tuple[int, 
     scores, mask = torch.zeros(length), torch.ones(length, dtype=torch.int64)
     scores[-1] = float(prompt["data_source"] == "lively") * (sample % 2)
     field = {
-        "uid": prompt["uid"], "data_source": prompt["data_source"], "prompts": torch.ones(3, dtype=torch.int64),
-        "responses": torch.ones(length, dtype=torch.int64), "response_mask": mask, "rm_scores": scores,
-        "rollout_log_probs": torch.zeros(length), "old_log_probs": torch.zeros(length),
-    }  # fmt: skip
+        "uid": prompt["uid"],
+        "data_source": prompt["data_source"],
+        "prompts": torch.ones(3, dtype=torch.int64),
+        "responses": torch.ones(length, dtype=torch.int64),
+        "response_mask": mask,
+        "rm_scores": scores,
+        "rollout_log_probs": torch.zeros(length),
+        "old_log_probs": torch.zeros(length),
+    }
     tag = {"status": "success", "prompt_len": 3, "response_len": length, "seq_len": 3 + length, "global_steps": 1}
     await transfer_queue.async_kv_batch_put(
         keys=[f"{prompt['uid']}_{sample}_0"],

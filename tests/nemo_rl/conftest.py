@@ -15,10 +15,14 @@ def _stand_in_for_megatron() -> None:
     """v0.6's losses import these names on their first lines. The tests compute no loss, so nothing calls them."""
     names = {
         "models.gpt": ["GPTModel"],
-        "parallel_state": ["get_context_parallel_group", "get_context_parallel_world_size",
-                           "get_tensor_model_parallel_group", "get_tensor_model_parallel_rank"],
+        "parallel_state": [
+            "get_context_parallel_group",
+            "get_context_parallel_world_size",
+            "get_tensor_model_parallel_group",
+            "get_tensor_model_parallel_rank",
+        ],
         "utils": ["deprecate_inference_params", "get_pg_size"],
-    }  # fmt: skip
+    }
     for package in ("megatron", "megatron.core", "megatron.core.models"):
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []

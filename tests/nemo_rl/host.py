@@ -25,8 +25,10 @@ PROMPTS = 8  # of a step
 TRAINERS: dict[str, tuple[str, ...]] = {"grpo_train": ()}
 if (pathlib.Path(os.environ.get("NEMO_RL_DIR", "")) / "nemo_rl" / "algorithms" / "grpo_sync.py").is_file():  # from v0.7
     TRAINERS["grpo_train_sync"] = (
-        "data_plane.enabled=true", "data_plane.storage_capacity=1000", "data_plane.num_storage_units=1",
-    )  # fmt: skip
+        "data_plane.enabled=true",
+        "data_plane.storage_capacity=1000",
+        "data_plane.num_storage_units=1",
+    )
 
 
 def write_files(folder: pathlib.Path, sizes: dict[str, int] = SIZES) -> list[str]:
@@ -52,25 +54,42 @@ def write_config(nemo_rl: pathlib.Path, folder: pathlib.Path, model: str, files:
     """A configuration on top of NeMo-RL's own, as a user writes one. JSON is YAML."""
     block = {"sources": {"name": "dump_ucb", "temperature": 0.3}}
     data = {
-        "_override_": True, "max_input_seq_length": 64, "shuffle": True, "num_workers": 0,
-        "use_multiple_dataloader": True, "num_prompts_per_dataloader": 1, "custom_dataloader": FUNCTION,
-        "train": [{"data_path": path} for path in files], "validation": [{"data_path": files[0]}],
+        "_override_": True,
+        "max_input_seq_length": 64,
+        "shuffle": True,
+        "num_workers": 0,
+        "use_multiple_dataloader": True,
+        "num_prompts_per_dataloader": 1,
+        "custom_dataloader": FUNCTION,
+        "train": [{"data_path": path} for path in files],
+        "validation": [{"data_path": files[0]}],
         "default": {
-            "dataset_name": "ResponseDataset", "input_key": "problem", "output_key": "answer", "prompt_file": None,
-            "system_prompt_file": None, "processor": "math_hf_data_processor", "env_name": "toy",
+            "dataset_name": "ResponseDataset",
+            "input_key": "problem",
+            "output_key": "answer",
+            "prompt_file": None,
+            "system_prompt_file": None,
+            "processor": "math_hf_data_processor",
+            "env_name": "toy",
         },
-    }  # fmt: skip
+    }
     grpo = {
-        "num_prompts_per_step": PROMPTS, "num_generations_per_prompt": toys.GROUP, "max_num_steps": 6,
-        "val_period": 3, "val_at_start": True, "curriculum": block,
-    }  # fmt: skip
+        "num_prompts_per_step": PROMPTS,
+        "num_generations_per_prompt": toys.GROUP,
+        "max_num_steps": 6,
+        "val_period": 3,
+        "val_at_start": True,
+        "curriculum": block,
+    }
     config = {
         "defaults": str(nemo_rl / "examples" / "configs" / "grpo_math_1B.yaml"),
-        "grpo": grpo, "data": data, "env": {"_override_": True, "toy": {}},
+        "grpo": grpo,
+        "data": data,
+        "env": {"_override_": True, "toy": {}},
         "policy": {"model_name": model, "max_total_sequence_length": 64, "train_global_batch_size": 32},
         "checkpointing": {"checkpoint_dir": str(folder / "checkpoints"), "save_period": 2, "metric_name": None},
         "logger": {"log_dir": str(folder / "logs"), "tensorboard_enabled": True, "monitor_gpus": False},
-    }  # fmt: skip
+    }
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))
     return str(path)

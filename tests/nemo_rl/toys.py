@@ -56,9 +56,13 @@ class Environment:
             rewards.append(reward(source, row, int(log[1]["content"])))
         n = len(rewards)
         return EnvironmentReturn(
-            observations=[{"role": "environment", "content": "ok"}] * n, metadata=metadata,
-            next_stop_strings=[None] * n, rewards=torch.tensor(rewards), terminateds=torch.ones(n), answers=None,
-        )  # fmt: skip
+            observations=[{"role": "environment", "content": "ok"}] * n,
+            metadata=metadata,
+            next_stop_strings=[None] * n,
+            rewards=torch.tensor(rewards),
+            terminateds=torch.ones(n),
+            answers=None,
+        )
 
 
 class Remote:
@@ -93,10 +97,15 @@ class Generation:
         for i, length in enumerate(lengths.tolist()):
             word = str(answer(i % GROUP, self._weights))
             ids[i, length : length + 2] = torch.tensor([*self._tokenizer.encode(word), self._tokenizer.eos_token_id])
-        return BatchedDataDict({
-            "output_ids": ids, "generation_lengths": torch.full((n,), 2), "unpadded_sequence_lengths": lengths + 2,
-            "logprobs": torch.zeros(ids.shape), "truncated": torch.arange(n) % GROUP == GROUP - 1,
-        })  # fmt: skip
+        return BatchedDataDict(
+            {
+                "output_ids": ids,
+                "generation_lengths": torch.full((n,), 2),
+                "unpadded_sequence_lengths": lengths + 2,
+                "logprobs": torch.zeros(ids.shape),
+                "truncated": torch.arange(n) % GROUP == GROUP - 1,
+            }
+        )
 
     def update_weights_via_ipc_zmq(self) -> list[Any]:
         import ray
@@ -134,9 +143,13 @@ class Policy:
             raise Killed
         self._seen.append(data)
         metrics = {
-            "global_valid_toks": [int(data["token_mask"].sum())], "global_valid_seqs": [len(data["token_mask"])],
-            "gen_kl_error": [0.0], "token_mult_prob_error": [1.0], "lr": [0.0], "wd": [0.0],
-        }  # fmt: skip
+            "global_valid_toks": [int(data["token_mask"].sum())],
+            "global_valid_seqs": [len(data["token_mask"])],
+            "gen_kl_error": [0.0],
+            "token_mult_prob_error": [1.0],
+            "lr": [0.0],
+            "wd": [0.0],
+        }
         return {"loss": torch.zeros(1), "grad_norm": torch.zeros(1), "all_mb_metrics": metrics}
 
     def get_logprobs(self, data: Any, **options: Any) -> dict[str, Any]:

@@ -119,10 +119,27 @@ class Cluster:
             f"mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray; exec slurmd -D -N {node}"
         )
         self._processes[node] = subprocess.Popen(
-            [*_DIE_WITH_US, "nsenter", f"--net=/run/netns/{self._tag}{node}", "unshare", "--uts", "--mount", "--pid",
-             "--fork", "--kill-child", "--mount-proc", "bash", "-c", inside],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, start_new_session=True,
-        )  # fmt: skip
+            [
+                *_DIE_WITH_US,
+                "nsenter",
+                f"--net=/run/netns/{self._tag}{node}",
+                "unshare",
+                "--uts",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "bash",
+                "-c",
+                inside,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=self.env,
+            start_new_session=True,
+        )
         out.close()
 
     def kill_node(self, node: str) -> None:
@@ -232,10 +249,14 @@ class Cluster:
         nodes = [f"NodeName={n} NodeAddr={a}" for n, a in zip(self.nodes, addresses, strict=True)]
         (self.root / "slurm.conf").write_text(
             CONF.format(
-                host=socket.gethostname(), head=f"{self._net}.1", root=self.root, nodes="\n".join(nodes),
-                ctld_port=_free_port(), slurmd_port=_free_port(),
+                host=socket.gethostname(),
+                head=f"{self._net}.1",
+                root=self.root,
+                nodes="\n".join(nodes),
+                ctld_port=_free_port(),
+                slurmd_port=_free_port(),
             )
-        )  # fmt: skip
+        )
         if self._plugstack:
             (self.root / "plugstack.conf").write_text(self._plugstack)
         key = self.root / "munge.key"
@@ -249,9 +270,13 @@ class Cluster:
     def _daemon(self, name: str, command: list[str]) -> None:
         with open(self.root / "log" / f"{name}.out", "ab") as out:
             process = subprocess.Popen(
-                [*_DIE_WITH_US, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env,
+                [*_DIE_WITH_US, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.env,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self._undo.callback(_end, process)
         self._processes[name] = process
         if name == "munged":

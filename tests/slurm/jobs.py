@@ -56,17 +56,19 @@ class Run:
     def wait_step(self, step: int, timeout_s: float = 120) -> None:
         """Until metrics.jsonl holds so many steps."""
         self.cluster.wait(
-            lambda: self.steps() >= step or self._ended(), timeout_s,
+            lambda: self.steps() >= step or self._ended(),
+            timeout_s,
             lambda: f"job {self.job} is at step {self.steps()}, not {step}:\n{self.text[-3000:]}",
-        )  # fmt: skip
+        )
         assert self.steps() >= step, f"job {self.job} ended at step {self.steps()}:\n{self.text[-3000:]}"
 
     def wait_attempt(self, n: int, timeout_s: float = 180) -> None:
         """Until the n-th attempt has begun."""
         self.cluster.wait(
-            lambda: len(self.attempts()) >= n, timeout_s,
+            lambda: len(self.attempts()) >= n,
+            timeout_s,
             lambda: f"no attempt {n} of job {self.job}:\n{self.text[-3000:]}",
-        )  # fmt: skip
+        )
 
     def wait(self, *states: str, timeout_s: float = 240) -> str:
         """Until it has ended, in one of the states."""
@@ -120,15 +122,25 @@ class Jobs:
             **overrides,
         }
         environment = {
-            "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "RETRY_WAIT": "1", **(env or {}),
-        }  # fmt: skip
+            "PYTHON": sys.executable,
+            "NPROC_PER_NODE": "2",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "RETRY_WAIT": "1",
+            **(env or {}),
+        }
         job = self.cluster.sbatch(
-            f"--nodes={nodes}", f"--output={output}", "--signal=B:USR1@20", *options,
-            *([":", second] if second else []), str(REPO / "launch_slurm.sh"),
-            "--config-name=kk_cpu", *(f"{key}={value}" for key, value in settings.items()),
-            env=environment, cwd=self.folder,
-        )  # fmt: skip
+            f"--nodes={nodes}",
+            f"--output={output}",
+            "--signal=B:USR1@20",
+            *options,
+            *([":", second] if second else []),
+            str(REPO / "launch_slurm.sh"),
+            "--config-name=kk_cpu",
+            *(f"{key}={value}" for key, value in settings.items()),
+            env=environment,
+            cwd=self.folder,
+        )
         run = Run(self.cluster, job, log_dir, self.folder / f"slurm-megatron-dump-{job}", output)
         self._runs.append(run)
         return run

@@ -159,10 +159,13 @@ def test_an_array_in_containers(jobs, tmp_path):
     assert run.text.count("step 1/1") == 1
     [repository] = set(re.findall(r"container-workdir=(\S+)", log.read_text()))
     assert set(log.read_text().splitlines()) == {
-        "container-image=registry#team/image:1", f"container-workdir={repository}",
-        *(f"container-mounts={repository}:{repository},{folder}:{folder},/data:/data"
-          for folder in (tmp_path / f"slurm-megatron-dump-{task}" for task in tasks)),
-    }  # fmt: skip
+        "container-image=registry#team/image:1",
+        f"container-workdir={repository}",
+        *(
+            f"container-mounts={repository}:{repository},{folder}:{folder},/data:/data"
+            for folder in (tmp_path / f"slurm-megatron-dump-{task}" for task in tasks)
+        ),
+    }
 
 
 def _ended_tasks(run, n: int) -> list[str]:
@@ -180,9 +183,13 @@ def test_generator_nodes(jobs, form):
         pytest.skip("RAY_PYTHON names no interpreter with vLLM and Ray; make test-slurm does")
     backend = "trainer.grpo.inference_backend"
     settings = {
-        f"{backend}.type": "vllm", f"{backend}.engines": 1, f"{backend}.vllm.max_model_len": 256,
-        f"{backend}.ray.start_timeout_s": 240, "trainer.grpo.max_steps": 2, "trainer.collective_timeout_s": 480,
-    }  # fmt: skip
+        f"{backend}.type": "vllm",
+        f"{backend}.engines": 1,
+        f"{backend}.vllm.max_model_len": 256,
+        f"{backend}.ray.start_timeout_s": 240,
+        "trainer.grpo.max_steps": 2,
+        "trainer.collective_timeout_s": 480,
+    }
     env = {"PYTHON": python}
     if form == "one allocation":
         run = jobs.submit(env={**env, "GENERATOR_NODES": "1"}, **settings)

@@ -11,8 +11,11 @@ ROWS = ["b"] * 50 + ["a"] * 20 + ["c"] * 30
 SCHEDULED = {"static": {"weights": {"a": 1, "b": 2, "c": 3}}}
 SOURCES = ("uniform", "proportional", "static", "easy_to_hard", "sec", "dump_ucb", "dump_ucb_robust")
 PROMPTS = (
-    "epoch", "cures", "thompson", {"name": "cures", "subsets": 2, "steps_per_subset": 2, "pre_rollouts": 3},
-)  # fmt: skip
+    "epoch",
+    "cures",
+    "thompson",
+    {"name": "cures", "subsets": 2, "steps_per_subset": 2, "pre_rollouts": 3},
+)
 BUDGETS = ("fixed", "neyman", "knapsack")
 EVERYTHING = [
     *(({"name": name, **SCHEDULED.get(name, {})}, "epoch", "fixed") for name in SOURCES),

@@ -129,9 +129,15 @@ def trainer(
     counts = {"num_prompts_per_grpo_step": 8, "samples_per_prompt": 4, "run_validation_step_0": False}
     grpo_config = GRPOConfig(**{**counts, "max_steps": steps, **(settings or {})})
     chosen = Curriculum(
-        data.source_of_rows, 8, 4, 7, config(**curriculum), data.fingerprint, max_steps=steps,
+        data.source_of_rows,
+        8,
+        4,
+        7,
+        config(**curriculum),
+        data.fingerprint,
+        max_steps=steps,
         max_staleness=grpo_config.max_staleness,
-    )  # fmt: skip
+    )
     sampler = MegatronCurriculumBatchSampler(len(data), 0, 1, 8, 0, 1, curriculum=chosen)
     actor, store = Guesser(chances), store or Store()
     store.actor = actor
@@ -141,11 +147,25 @@ def trainer(
     collector = Collector(actor, scorer, data, sampler, chosen.filter, replica, 1, True, age)
     monitor = Monitor(folder, data.sources, steps, 0, {})
     made = GRPOTrainer(
-        config=grpo_config, settings={}, updates=1, max_length=5, loss_agg_mode="token-mean", use_reference=False,
-        reward_kl=None, owns_curriculum=True, actor=actor, engines=NoEngines(), collector=collector,
-        validator=actor, dataset=data, validation=held_out, curriculum=chosen, replica=replica, monitor=monitor,
+        config=grpo_config,
+        settings={},
+        updates=1,
+        max_length=5,
+        loss_agg_mode="token-mean",
+        use_reference=False,
+        reward_kl=None,
+        owns_curriculum=True,
+        actor=actor,
+        engines=NoEngines(),
+        collector=collector,
+        validator=actor,
+        dataset=data,
+        validation=held_out,
+        curriculum=chosen,
+        replica=replica,
+        monitor=monitor,
         course=Course(store, monitor, replica.device, steps, grpo_config.save_interval),
-    )  # fmt: skip
+    )
     made.resume()
     return made
 

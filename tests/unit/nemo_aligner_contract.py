@@ -95,9 +95,20 @@ class Logger:
 
 class _Trainer:
     def __init__(
-        self, cfg, model, optimizer, scheduler, train_dataloader_builder, val_dataloader_builder, collate_fn,
-        rollout_generator, batch_iterator_cls, logger, ckpt_callback, run_timer,
-    ):  # fmt: skip
+        self,
+        cfg,
+        model,
+        optimizer,
+        scheduler,
+        train_dataloader_builder,
+        val_dataloader_builder,
+        collate_fn,
+        rollout_generator,
+        batch_iterator_cls,
+        logger,
+        ckpt_callback,
+        run_timer,
+    ):
         self.cfg, self.model, self.logger, self.ckpt_callback = cfg, model, logger, ckpt_callback
         self.train_dataloader_builder, self.val_dataloader_builder = train_dataloader_builder, val_dataloader_builder
         self.collate_fn, self.batch_iterator_cls = collate_fn, batch_iterator_cls
@@ -130,10 +141,11 @@ class _Trainer:
         return {
             "idx": [row for row, _, _ in rollouts],
             "response_tokens": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
-            "prompt_lengths": lengths, "response_lengths": lengths + 2,
+            "prompt_lengths": lengths,
+            "response_lengths": lengths + 2,
             "rewards": torch.tensor([float(reward) for reward, _ in judged]),
             "is_end": torch.tensor([float(ended) for _, ended in judged]),
-        }  # fmt: skip
+        }
 
     def state_dict(self):
         return {"step": self.step, "consumed_samples": self.consumed_samples}
@@ -149,10 +161,13 @@ class GRPOTrainer(_Trainer):
     def _run_inference(self, dataloader_builder, consumed_samples, is_validation=False):
         loader = dataloader_builder(consumed_samples=consumed_samples)
         iterator = self.batch_iterator_cls(
-            sampler_iter=iter(loader.batch_sampler), micro_batch_size=self.cfg.generation_rollout_mbs,
+            sampler_iter=iter(loader.batch_sampler),
+            micro_batch_size=self.cfg.generation_rollout_mbs,
             num_prompts_per_grpo_step=self.cfg.num_prompts_per_grpo_step,
-            samples_per_prompt=self.cfg.samples_per_prompt, dataset=loader.dataset, collate_fn=self.collate_fn,
-        )  # fmt: skip
+            samples_per_prompt=self.cfg.samples_per_prompt,
+            dataset=loader.dataset,
+            collate_fn=self.collate_fn,
+        )
         return self.gathered([rollout for batch in iterator for rollout in self.infer(batch)]), {}, {}
 
     def create_grpo_training_data_from_inferences(self, rollout_batch):
@@ -176,13 +191,34 @@ class ReinforceTrainer(_Trainer):
     repeats = "num_rollouts_per_prompt"
 
     def __init__(
-        self, cfg, model, optimizer, scheduler, train_dataloader_builder, val_dataloader_builder, collate_fn, rm,
-        batch_iterator_cls, logger, ckpt_callback, run_timer,
-    ):  # fmt: skip
+        self,
+        cfg,
+        model,
+        optimizer,
+        scheduler,
+        train_dataloader_builder,
+        val_dataloader_builder,
+        collate_fn,
+        rm,
+        batch_iterator_cls,
+        logger,
+        ckpt_callback,
+        run_timer,
+    ):
         super().__init__(
-            cfg, model, optimizer, scheduler, train_dataloader_builder, val_dataloader_builder, collate_fn, rm,
-            batch_iterator_cls, logger, ckpt_callback, run_timer,
-        )  # fmt: skip
+            cfg,
+            model,
+            optimizer,
+            scheduler,
+            train_dataloader_builder,
+            val_dataloader_builder,
+            collate_fn,
+            rm,
+            batch_iterator_cls,
+            logger,
+            ckpt_callback,
+            run_timer,
+        )
 
     def _run_inference(self, dataloader_builder, consumed_samples, is_validation):
         loader = dataloader_builder(consumed_samples=consumed_samples)
@@ -220,13 +256,34 @@ class PPOTrainer(ReinforceTrainer):
     repeats = "none"
 
     def __init__(
-        self, cfg, model, optimizer, scheduler, train_dataloader_builder, val_dataloader_builder, collate_fn, rm_critic,
-        batch_iterator_cls, logger, ckpt_callback, run_timer,
-    ):  # fmt: skip
+        self,
+        cfg,
+        model,
+        optimizer,
+        scheduler,
+        train_dataloader_builder,
+        val_dataloader_builder,
+        collate_fn,
+        rm_critic,
+        batch_iterator_cls,
+        logger,
+        ckpt_callback,
+        run_timer,
+    ):
         super().__init__(
-            cfg, model, optimizer, scheduler, train_dataloader_builder, val_dataloader_builder, collate_fn, rm_critic,
-            batch_iterator_cls, logger, ckpt_callback, run_timer,
-        )  # fmt: skip
+            cfg,
+            model,
+            optimizer,
+            scheduler,
+            train_dataloader_builder,
+            val_dataloader_builder,
+            collate_fn,
+            rm_critic,
+            batch_iterator_cls,
+            logger,
+            ckpt_callback,
+            run_timer,
+        )
 
 
 class Config(types.SimpleNamespace):

@@ -64,9 +64,12 @@ class AllTaskProcessedDataset:
         tokens = torch.tensor([list(SIZES).index(row["task_name"]), idx])
         return {
             "message_log": [{"role": "user", "content": row["messages"][0]["content"], "token_ids": tokens}],
-            "length": 2, "extra_env_info": {"ground_truth": "1"}, "loss_multiplier": 1.0, "idx": idx,
+            "length": 2,
+            "extra_env_info": {"ground_truth": "1"},
+            "loss_multiplier": 1.0,
+            "idx": idx,
             "task_name": row["task_name"],
-        }  # fmt: skip
+        }
 
 
 class MultipleDataloaderWrapper:
@@ -225,14 +228,22 @@ class MasterConfig:
 
 def master_config(folder, block, sections=None, **grpo):
     data = {
-        "use_multiple_dataloader": True, "custom_dataloader": FUNCTION, "num_prompts_per_dataloader": 1,
+        "use_multiple_dataloader": True,
+        "custom_dataloader": FUNCTION,
+        "num_prompts_per_dataloader": 1,
         "train": [{"data_path": f"/data/{name.replace('-', '/')}.parquet"} for name in SIZES],
-    }  # fmt: skip
+    }
     settings = {
-        "num_prompts_per_step": PROMPTS, "num_generations_per_prompt": GROUP, "max_num_steps": 100, "seed": 42,
-        "normalize_rewards": True, "use_dynamic_sampling": False, "async_grpo": {"enabled": False},
-        "curriculum": block, **grpo,
-    }  # fmt: skip
+        "num_prompts_per_step": PROMPTS,
+        "num_generations_per_prompt": GROUP,
+        "max_num_steps": 100,
+        "seed": 42,
+        "normalize_rewards": True,
+        "use_dynamic_sampling": False,
+        "async_grpo": {"enabled": False},
+        "curriculum": block,
+        **grpo,
+    }
     parts = {"grpo": settings, "data": data, "data_plane": {"enabled": False}}
     for name, section in (sections or {}).items():
         parts[name] = {**parts.get(name, {}), **section} if isinstance(section, dict) else section
@@ -252,16 +263,16 @@ def modules(version="0.7.0"):
     """Name -> module, for sys.modules: fresh ones, as the curriculum replaces functions in them."""
     grpo, sync = (_module(f"nemo_rl.algorithms.{name}", globals()) for name in ("grpo", "grpo_sync"))
     for module, trainer in ((grpo, grpo_train), (sync, grpo_train_sync)):  # looks names up there, as the real one does
-        setattr(module, trainer.__name__, types.FunctionType(
-            trainer.__code__, module.__dict__
-        ))  # fmt: skip
+        setattr(module, trainer.__name__, types.FunctionType(trainer.__code__, module.__dict__))
     found = [
-        grpo, sync, *(_module(name) for name in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.data", "nemo_rl.utils")),
+        grpo,
+        sync,
+        *(_module(name) for name in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.data", "nemo_rl.utils")),
         _module("nemo_rl.package_info", __version__=version),
         _module("nemo_rl.data.dataloader", MultipleDataloaderWrapper=MultipleDataloaderWrapper),
         _module("nemo_rl.utils.checkpoint", CheckpointManager=CheckpointManager),
         _module("nemo_rl.utils.logger", Logger=Logger),
-    ]  # fmt: skip
+    ]
     return {module.__name__: module for module in found}
 
 

@@ -37,10 +37,19 @@ def any_outcomes(draw: st.DrawFn) -> Outcomes:
     n = draw(st.integers(0, 12))
     kinds = {"int": (np.int64, INTS), "float": (np.float64, st.floats()), "bool": (np.bool_, st.booleans())}
     names = {
-        "group_ids": "int", "samples": "int", "prompt_ids": "int", "source_ids": "int", "rewards": "float",
-        "advantages": "float", "correct": "bool", "well_formed": "bool", "lengths": "int", "finished": "bool",
-        "kept": "bool", "ages": "int",
-    }  # fmt: skip
+        "group_ids": "int",
+        "samples": "int",
+        "prompt_ids": "int",
+        "source_ids": "int",
+        "rewards": "float",
+        "advantages": "float",
+        "correct": "bool",
+        "well_formed": "bool",
+        "lengths": "int",
+        "finished": "bool",
+        "kept": "bool",
+        "ages": "int",
+    }
     columns = {name: draw(column(kinds[kind][0], n, kinds[kind][1])) for name, kind in names.items()}
     return Outcomes(step=draw(st.integers(0, 10**9)), **columns)
 
@@ -91,13 +100,23 @@ def test_the_log_is_compact():
     n = 6
     zeros, yes = np.zeros(n, np.int64), np.ones(n, bool)
     correct = np.array([0, 1, 1, 0, 0, 0], bool)
-    outcomes = Outcomes(0, zeros, np.arange(n), zeros + 7, zeros, zeros + 0.5, zeros + np.nan, correct, yes, zeros + 9,
-                        yes, yes, zeros)  # fmt: skip
+    outcomes = Outcomes(
+        0, zeros, np.arange(n), zeros + 7, zeros, zeros + 0.5, zeros + np.nan, correct, yes, zeros + 9, yes, yes, zeros
+    )
     assert outcomes_to_json(outcomes) == {
-        "step": 0, "group_ids": [0] * 6, "samples": [0, 1, 2, 3, 4, 5], "prompt_ids": 7, "source_ids": 0,
-        "rewards": 0.5, "advantages": None, "correct": "011000", "well_formed": True, "lengths": 9, "finished": True,
+        "step": 0,
+        "group_ids": [0] * 6,
+        "samples": [0, 1, 2, 3, 4, 5],
+        "prompt_ids": 7,
+        "source_ids": 0,
+        "rewards": 0.5,
+        "advantages": None,
+        "correct": "011000",
+        "well_formed": True,
+        "lengths": 9,
+        "finished": True,
         "kept": True,
-    }  # fmt: skip
+    }
 
 
 def test_columns_of_other_lengths_are_refused():

@@ -34,8 +34,22 @@ MATH = ("source=math", "prompt=question", "answer=answer")
 def puzzles(tmp_path_factory):
     """A folder with train.parquet and test.parquet of puzzles of 2 and 3 people, and their JSON lines."""
     out = tmp_path_factory.mktemp("kk")
-    generate.main(["--people", "2-3", "--per-size", "40", "--test-per-size", "10", "--names", "8", "--frames", "1",
-                   "--out", str(out)])  # fmt: skip
+    generate.main(
+        [
+            "--people",
+            "2-3",
+            "--per-size",
+            "40",
+            "--test-per-size",
+            "10",
+            "--names",
+            "8",
+            "--frames",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
     assert dataset.main(["--in", str(out), "--out", str(out)]) == 0
     return out
 
@@ -88,10 +102,25 @@ def test_puzzles_and_mathematics_train_together(puzzles, tmp_path, capsys):
     """Schema as megatron_dump.data documents it, rows found again, ground truths that the rewards can read."""
     write(tmp_path / "math.jsonl", *sums(50))
     code, out, _ = run(
-        capsys, "--out", tmp_path, "--input", puzzles / "train.parquet", "--input", puzzles / "test.parquet",
-        "--input", tmp_path / "math.jsonl", *MATH, "answer_after=####", "split=0.2", "instruction=Think.",
-        "--tokenizer", TOKENIZER, "--reward", "kk_*=kk", "math=math",
-    )  # fmt: skip
+        capsys,
+        "--out",
+        tmp_path,
+        "--input",
+        puzzles / "train.parquet",
+        "--input",
+        puzzles / "test.parquet",
+        "--input",
+        tmp_path / "math.jsonl",
+        *MATH,
+        "answer_after=####",
+        "split=0.2",
+        "instruction=Think.",
+        "--tokenizer",
+        TOKENIZER,
+        "--reward",
+        "kk_*=kk",
+        "math=math",
+    )
     assert code == 0 and "kk_logic_2" in out and "math" in out
     tokenizer = load_tokenizer(str(TOKENIZER))
 
@@ -160,8 +189,17 @@ def test_the_published_mixture(puzzles, tmp_path, capsys):
 def test_splits_and_limits(tmp_path, capsys):
     write(tmp_path / "a.jsonl", *sums(200))
     write(tmp_path / "b.jsonl", *({**row, "topic": f"t{i % 3}"} for i, row in enumerate(sums(90, 1000))))
-    inputs = ["--input", tmp_path / "a.jsonl", *MATH, "split=0.25",
-              "--input", tmp_path / "b.jsonl", "source_column=topic", *MATH[1:], "split=7"]  # fmt: skip
+    inputs = [
+        "--input",
+        tmp_path / "a.jsonl",
+        *MATH,
+        "split=0.25",
+        "--input",
+        tmp_path / "b.jsonl",
+        "source_column=topic",
+        *MATH[1:],
+        "split=7",
+    ]
     assert (
         run(capsys, "--out", tmp_path, *inputs, "--limit", "t1", "train=5", "--limit", "t*", "test=3", "train=9")[0]
         == 0
@@ -173,8 +211,11 @@ def test_splits_and_limits(tmp_path, capsys):
     assert counts["test"] == {"math": 50, "t0": 3, "t1": 3, "t2": 3}
     statistics = summary(tmp_path)["sources"]["t1"]
     assert {k: statistics[k] for k in ("rows", "over_limit", "train", "test")} == {
-        "rows": 30, "over_limit": 22, "train": 5, "test": 3,
-    }  # fmt: skip
+        "rows": 30,
+        "over_limit": 22,
+        "train": 5,
+        "test": 3,
+    }
     assert run(capsys, "--out", tmp_path, *inputs, "--max-train", "60", "--max-test", "20")[0] == 0
     assert len(read(tmp_path)) == 60 and len(read(tmp_path, "test")) == 20
 
@@ -205,9 +246,12 @@ def test_duplicates_across_sources_and_splits(tmp_path, capsys):
     code, out, _ = run(capsys, *words)
     assert code == 0 and texts(tmp_path) == ["Is it  SO?", "Two?"] and texts(tmp_path, "test") == ["ＴＨＲＥＥ?\n"]
     assert summary(tmp_path)["duplicates"] == {
-        "rows": 3, "across_sources": 2, "training_rows_of_test_prompts": 1, "other_answer": 1,
+        "rows": 3,
+        "across_sources": 2,
+        "training_rows_of_test_prompts": 1,
+        "other_answer": 1,
         "other_answer_examples": [[f"{tmp_path / 'b.parquet'} row 1", f"{tmp_path / 'a.parquet'} row 1"]],
-    }  # fmt: skip
+    }
     assert "3 repeated prompts, 2 across sources, 1 in training and test" in out
     assert run(capsys, *words, "--duplicates", "keep")[0] == 0 and len(read(tmp_path)) == 5
     code, _, error = run(capsys, *words, "--duplicates", "refuse")
@@ -239,7 +283,7 @@ BAD_ROWS = [
     ({"question": [{"role": "bot", "content": "x"}], "answer": "5"}, "a message's role is 'bot'"),
     ({"question": [{"role": "user", "content": None}], "answer": "5"}, "a message's content is None"),
     ({"question": [{"role": "assistant", "content": "y"}], "answer": "5"}, "the last message is the assistant's"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS)

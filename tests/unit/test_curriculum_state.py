@@ -42,10 +42,14 @@ def test_asynchronous_outcomes_come_in_any_order_and_in_parts():
     first = answer(draws[0])
     early = first.group_ids < 5
     half, rest = (
-        Outcomes(**{f.name: getattr(first, f.name) if f.name == "step" else getattr(first, f.name)[mask]
-                    for f in dataclasses.fields(first)})
+        Outcomes(
+            **{
+                f.name: getattr(first, f.name) if f.name == "step" else getattr(first, f.name)[mask]
+                for f in dataclasses.fields(first)
+            }
+        )
         for mask in (early, ~early)
-    )  # fmt: skip
+    )
     curriculum.observe(answer(draws[1]))
     curriculum.observe(half)
     with pytest.raises(ValueError, match="group 0 of step 0 was observed already"):

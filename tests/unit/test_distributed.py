@@ -141,10 +141,16 @@ def test_nan_and_empty_outcomes_survive_the_gather():
 def test_completions_are_gathered_whole_whatever_the_split(split):
     rng = np.random.default_rng(0)
     sampled = [
-        Completion(g, s, rng.integers(0, 2**40, n := rng.integers(1, 9)), rng.normal(size=n).astype(np.float32),
-                   bool(s % 2), g + 2)
+        Completion(
+            g,
+            s,
+            rng.integers(0, 2**40, n := rng.integers(1, 9)),
+            rng.normal(size=n).astype(np.float32),
+            bool(s % 2),
+            g + 2,
+        )
         for g, s in KEYS
-    ]  # fmt: skip
+    ]
     shuffled = [sampled[i] for i in rng.permutation(len(KEYS))]
 
     def fn():

@@ -167,13 +167,21 @@ def test_the_link_to_the_best_moves_and_goes(tmp_path):
 
 
 def config(early=None, manager=None, **grpo):
-    return schema.load(OmegaConf.create({
-        "trainer": {"grpo": {"val_check_interval": 5, **grpo}},
-        "pretrained_checkpoint": {"restore_from_path": "m"},
-        "model": {"data": {"train_files": ["x"], "validation_files": ["y"]}},
-        "exp_manager": {"explicit_log_dir": "d", "create_early_stopping_callback": True,
-                        "early_stopping_callback_params": early or {}, **(manager or {})},
-    }))  # fmt: skip
+    return schema.load(
+        OmegaConf.create(
+            {
+                "trainer": {"grpo": {"val_check_interval": 5, **grpo}},
+                "pretrained_checkpoint": {"restore_from_path": "m"},
+                "model": {"data": {"train_files": ["x"], "validation_files": ["y"]}},
+                "exp_manager": {
+                    "explicit_log_dir": "d",
+                    "create_early_stopping_callback": True,
+                    "early_stopping_callback_params": early or {},
+                    **(manager or {}),
+                },
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize(

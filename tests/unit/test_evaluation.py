@@ -102,11 +102,20 @@ def outcomes(correct, source_ids, rewards=None, well_formed=None):
     flat = correct.reshape(-1)
     rows = np.repeat(np.arange(p), n)
     return Outcomes(
-        0, rows, np.tile(np.arange(n), p), rows, np.repeat(source_ids, n),
-        flat.astype(float) if rewards is None else np.array(rewards, float).reshape(-1), np.full(p * n, np.nan), flat,
+        0,
+        rows,
+        np.tile(np.arange(n), p),
+        rows,
+        np.repeat(source_ids, n),
+        flat.astype(float) if rewards is None else np.array(rewards, float).reshape(-1),
+        np.full(p * n, np.nan),
+        flat,
         np.ones(p * n, bool) if well_formed is None else np.array(well_formed, bool).reshape(-1),
-        np.arange(p * n), np.ones(p * n, bool), np.ones(p * n, bool), np.zeros(p * n, np.int64),
-    )  # fmt: skip
+        np.arange(p * n),
+        np.ones(p * n, bool),
+        np.ones(p * n, bool),
+        np.zeros(p * n, np.int64),
+    )
 
 
 def test_a_table_by_hand():
@@ -116,16 +125,31 @@ def test_a_table_by_hand():
     rewards = [[1, 0, 0, 0], [1, 1, math.nan, 0], [0, 0, 0, 0]]
     well_formed = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]
     found = tabulate(
-        outcomes(correct, [0, 1, 1], rewards, well_formed), votes.reshape(-1), ["a", "b"], 4,
-        EvaluateConfig(k=[1, 2, 4], bootstrap_samples=200), (1,),
-    )  # fmt: skip
+        outcomes(correct, [0, 1, 1], rewards, well_formed),
+        votes.reshape(-1),
+        ["a", "b"],
+        4,
+        EvaluateConfig(k=[1, 2, 4], bootstrap_samples=200),
+        (1,),
+    )
     a, b = found["sources"]["a"], found["sources"]["b"]
     value = lambda row: {k: v["value"] for k, v in row.items() if isinstance(v, dict)}  # noqa: E731
-    assert value(a) == pytest.approx({
-        "accuracy": 0.25, "pass@1": 0.25, "pass@2": 0.5, "pass@4": 1.0, "maj@1": 0.25,
-        # of the six pairs three hold the right answer, and tie with a wrong one
-        "maj@2": 0.25, "maj@4": 0.0, "reward": 0.25, "length": 1.5, "well_formed": 1.0, "finished": 1.0,
-    })  # fmt: skip
+    assert value(a) == pytest.approx(
+        {
+            "accuracy": 0.25,
+            "pass@1": 0.25,
+            "pass@2": 0.5,
+            "pass@4": 1.0,
+            "maj@1": 0.25,
+            # of the six pairs three hold the right answer, and tie with a wrong one
+            "maj@2": 0.25,
+            "maj@4": 0.0,
+            "reward": 0.25,
+            "length": 1.5,
+            "well_formed": 1.0,
+            "finished": 1.0,
+        }
+    )
     assert b["accuracy"]["value"] == 0.25 and b["pass_rates"] == [0.5, 0.0] and b["prompts"] == 2
     assert b["reward"]["value"] == pytest.approx(2 / 7) and b["pass@4"]["value"] == 0.5
     # two right ones, however written, outvote one wrong one
@@ -154,14 +178,22 @@ PUZZLE = json.dumps({"solution_text_format": "(1) Zoey is a knave\n(2) Sam is a 
 @pytest.mark.parametrize(
     ("name", "truth", "same", "other"),
     [
-        ("kk", PUZZLE, ["Sam: knave. Zoey: knight", "(1) Zoey is a knight\n(2) Sam is a knave"],
-         "Zoey and Sam are knights"),
-        ("kk", PUZZLE, ["(1) Zoey is a knave (2) Sam is a knight", "Knights: Sam; Knaves: Zoey"],
-         "Zoey and Sam are knights"),
+        (
+            "kk",
+            PUZZLE,
+            ["Sam: knave. Zoey: knight", "(1) Zoey is a knight\n(2) Sam is a knave"],
+            "Zoey and Sam are knights",
+        ),
+        (
+            "kk",
+            PUZZLE,
+            ["(1) Zoey is a knave (2) Sam is a knight", "Knights: Sam; Knaves: Zoey"],
+            "Zoey and Sam are knights",
+        ),
         ("math", "1/2", ["0.5", "\\frac{1}{2}", "$1/2$"], "2"),
         ("math", "7", ["3 x", "3x"], "4x"),
     ],
-)  # fmt: skip
+)
 def test_equal_answers_are_equal_votes(name, truth, same, other):
     """Through reward processes too."""
     judge = reward_fn(name)
@@ -220,8 +252,14 @@ def test_one_line_for_what_cannot_be_used(override, message):
 @pytest.mark.parametrize(("width", "lines"), [(250, 3), (80, 33)])
 def test_the_table_is_printed_in_full(width, lines):
     """Wide and narrow; what it shows is what the JSON has."""
-    table = tabulate(outcomes([[1, 0], [1, 1], [0, 0]], [0, 0, 1]), np.arange(1, 7), ["s_10", "s_2"], 2,
-                     EvaluateConfig(bootstrap_samples=50), (1,))  # fmt: skip
+    table = tabulate(
+        outcomes([[1, 0], [1, 1], [0, 0]], [0, 0, 1]),
+        np.arange(1, 7),
+        ["s_10", "s_2"],
+        2,
+        EvaluateConfig(bootstrap_samples=50),
+        (1,),
+    )
     result = {"settings": {"confidence": 0.95}, "files": {"some.parquet": {"modes": {"sampled": table}}}}
     shown = io.StringIO()
     show(result, Console(file=shown, width=width))

@@ -32,9 +32,17 @@ from tests.unit.test_data import encode, row, write
 
 REPO = Path(__file__).resolve().parents[2]
 ALIKE = Scenario(
-    "alike", "twelve sources of mean pass rate 1/2 that never change", names=tuple("abcdefghijkl"), sizes=(3000,) * 12,
-    difficulties=(0.0,) * 12, spread=1.4, learning_rate=0.0, prompts_per_step=128, samples_per_prompt=16, target=2.0,
-)  # fmt: skip
+    "alike",
+    "twelve sources of mean pass rate 1/2 that never change",
+    names=tuple("abcdefghijkl"),
+    sizes=(3000,) * 12,
+    difficulties=(0.0,) * 12,
+    spread=1.4,
+    learning_rate=0.0,
+    prompts_per_step=128,
+    samples_per_prompt=16,
+    target=2.0,
+)
 
 
 def taught(world: Scenario, policy: str, steps: int, seed: int = 0, **options) -> tuple[Curriculum, np.ndarray]:

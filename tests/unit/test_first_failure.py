@@ -63,10 +63,19 @@ def _torchrun(attempt: Path, script: Path, nodes: int, nproc: int, node: int, po
     """As launch_slurm.sh starts it on a node."""
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={nproc}",
-        f"--node-rank={node}", "--max-restarts=0", "--rdzv-backend=static", f"--rdzv-endpoint=127.0.0.1:{port}",
-        f"--log-dir={attempt}/ranks/host{node}", str(script), attempt.name,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={nproc}",
+        f"--node-rank={node}",
+        "--max-restarts=0",
+        "--rdzv-backend=static",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--log-dir={attempt}/ranks/host{node}",
+        str(script),
+        attempt.name,
+    ]
     with (attempt / f"host{node}.log").open("w") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
@@ -113,8 +122,9 @@ def test_exception_before_the_peer_that_it_loses(attempts):
     assert "  rank 1 has begun" in shown
     failures, logs = read(attempts / "raise")
     assert {f.host: causes.order(f, logs[f.host]) for f in failures} == {
-        "host0": causes.LOST_PEER, "host1": causes.EXCEPTION
-    }  # fmt: skip
+        "host0": causes.LOST_PEER,
+        "host1": causes.EXCEPTION,
+    }
 
 
 def test_kill_without_a_record(attempts):
@@ -181,18 +191,31 @@ WATCHDOG = (
         # the watchdog aborts ranks whose peer is gone: the segmentation fault is the cause, though seen later
         ({"a": WATCHDOG.format(0) + summary((0, 0, -6)), "b": summary((1, 0, -11))}, "b", "SIGSEGV"),
         # torchrun kills what does not end at SIGTERM
-        ({"a": "Unable to shutdown process 100 via SIGTERM, forcefully exiting via SIGKILL\n" + summary((0, 0, -9)),
-          "b": summary((1, 0, 3))}, "b", "exit code 3"),
-        ({"a": summary((0, 0, -9)) + "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.\n"}, "a",
-         "out of host memory: the kernel ended it"),
+        (
+            {
+                "a": "Unable to shutdown process 100 via SIGTERM, forcefully exiting via SIGKILL\n"
+                + summary((0, 0, -9)),
+                "b": summary((1, 0, 3)),
+            },
+            "b",
+            "exit code 3",
+        ),
+        (
+            {"a": summary((0, 0, -9)) + "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.\n"},
+            "a",
+            "out of host memory: the kernel ended it",
+        ),
         # all timed out: no node in particular
-        ({"a": WATCHDOG.format(0) + summary((0, 0, -6)), "b": WATCHDOG.format(1) + summary((1, 0, -6))}, None,
-         "cannot be told"),
+        (
+            {"a": WATCHDOG.format(0) + summary((0, 0, -6)), "b": WATCHDOG.format(1) + summary((1, 0, -6))},
+            None,
+            "cannot be told",
+        ),
         # one lost its peer, the other went down without a word
         ({"a": WATCHDOG.format(0) + summary((0, 0, -6)), "b": "step 7/20\n"}, "b", "it may have gone down"),
         ({"a": WATCHDOG.format(0) + summary((0, 0, -6)), "b": "*** STEP 5.0 ON b CANCELLED ***\n"}, None, "cannot"),
     ],
-)  # fmt: skip
+)
 def test_causes_and_consequences(tmp_path, logs, node, said):
     for host, text in logs.items():
         (tmp_path / "ranks" / host).mkdir(parents=True)

@@ -40,9 +40,16 @@ def trainer(kind, folder, model_parallel=1, micro=1, judge=judge, block=BLOCK, d
     data = data or contract.Dataset()
     group = 1 if kind == "ppo" else GROUP
     curriculum = AlignerCurriculum(
-        block, data, [row["task_name"] for row in data.data], prompts_per_step=contract.PROMPTS,
-        samples_per_prompt=group, seed=5, folder=folder, key=f"trainer.{kind}.curriculum", max_steps=40,
-    )  # fmt: skip
+        block,
+        data,
+        [row["task_name"] for row in data.data],
+        prompts_per_step=contract.PROMPTS,
+        samples_per_prompt=group,
+        seed=5,
+        folder=folder,
+        key=f"trainer.{kind}.curriculum",
+        max_steps=40,
+    )
     parallel, sampler = contract.ParallelState(model_parallel), contract.MegatronPretrainingRandomSampler
     if kind == "grpo":
         build, iterator = (
@@ -53,15 +60,32 @@ def trainer(kind, folder, model_parallel=1, micro=1, judge=judge, block=BLOCK, d
         build = nemo_aligner.rollout_dataloader_builder(curriculum, micro, parallel, sampler)
         iterator = contract.default_batch_iterator
     settings = contract.Config(
-        max_epochs=3, num_prompts_per_grpo_step=contract.PROMPTS, samples_per_prompt=GROUP, generation_rollout_mbs=4,
-        num_rollouts_per_prompt=GROUP, use_leave_one_out_baseline=True, normalize_rewards=True, parallel_state=parallel,
+        max_epochs=3,
+        num_prompts_per_grpo_step=contract.PROMPTS,
+        samples_per_prompt=GROUP,
+        generation_rollout_mbs=4,
+        num_rollouts_per_prompt=GROUP,
+        use_leave_one_out_baseline=True,
+        normalize_rewards=True,
+        parallel_state=parallel,
         **cfg,
-    )  # fmt: skip
+    )
     checkpoints = []
     made = type("Trainer", (MIXINS[kind], TRAINERS[kind]), {})(
-        settings, judge, None, None, build, validation(micro), contract.collate, None, iterator, contract.Logger(),
-        checkpoints.append, None, curriculum=curriculum,
-    )  # fmt: skip
+        settings,
+        judge,
+        None,
+        None,
+        build,
+        validation(micro),
+        contract.collate,
+        None,
+        iterator,
+        contract.Logger(),
+        checkpoints.append,
+        None,
+        curriculum=curriculum,
+    )
     return made, checkpoints
 
 
@@ -95,10 +119,17 @@ def by_hand(kind, steps, leave_one_out=True, normalize=True):
         rewards = np.array([[r for r, _ in row] for row in judged])
         advantages = np.array([[advantage(row, n, leave_one_out, normalize) for n in range(group)] for row in judged])
         places = np.repeat(np.arange(contract.PROMPTS), group)
-        curriculum.observe(outcomes(
-            step, draw.source_ids[places], advantages.reshape(-1), rewards.reshape(-1), places,
-            samples=np.tile(np.arange(group), contract.PROMPTS), prompt_ids=draw.prompt_ids[places],
-        ))  # fmt: skip
+        curriculum.observe(
+            outcomes(
+                step,
+                draw.source_ids[places],
+                advantages.reshape(-1),
+                rewards.reshape(-1),
+                places,
+                samples=np.tile(np.arange(group), contract.PROMPTS),
+                prompt_ids=draw.prompt_ids[places],
+            )
+        )
         drawn.append(draw.prompt_ids.tolist())
     return drawn
 
@@ -283,8 +314,10 @@ def test_a_repeated_prompt_gets_its_rollouts_in_two_groups():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_advantages_are_the_trainers(leave_one_out, normalize):
     rng = np.random.default_rng(3)
-    groups = [[(float(r), bool(e)) for r, e in zip(rng.normal(size=5).round(1), rng.random(5) < p)] for p in
-              (0.0, 0.2, 0.5, 0.8, 1.0)]  # fmt: skip
+    groups = [
+        [(float(r), bool(e)) for r, e in zip(rng.normal(size=5).round(1), rng.random(5) < p)]
+        for p in (0.0, 0.2, 0.5, 0.8, 1.0)
+    ]
     places = np.repeat(np.arange(5), 5)
     mixed = rng.permutation(25)
     flat = [rollout for group in groups for rollout in group]

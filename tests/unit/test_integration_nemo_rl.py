@@ -67,9 +67,15 @@ def train(monkeypatch, config, reward, batches, sync=False, save_every=0):
     )
     seen: list[contract.Batch] = []
     trainer(
-        parts["MultipleDataloaderWrapper"], parts["CheckpointManager"], parts["dict"], config, reward, batches, seen,
+        parts["MultipleDataloaderWrapper"],
+        parts["CheckpointManager"],
+        parts["dict"],
+        config,
+        reward,
+        batches,
+        seen,
         save_every,
-    )  # fmt: skip
+    )
     return seen, parts
 
 
@@ -113,10 +119,17 @@ def test_nemo_rl_against_recorded_signatures_batches_are_those_of_a_curriculum(m
         spread = np.array([[np.delete(row, s).std(ddof=1) for s in range(contract.GROUP)] for row in rewards])
         advantages = (rewards - others) / np.where(spread > 0, spread + 1e-6, 1.0)
         groups = np.repeat(np.arange(contract.PROMPTS), contract.GROUP)
-        reference.observe(outcomes(
-            step, draw.source_ids[groups], advantages.astype(np.float32).reshape(-1), rewards.reshape(-1), groups,
-            samples=np.tile(np.arange(contract.GROUP), contract.PROMPTS), prompt_ids=draw.prompt_ids[groups],
-        ))  # fmt: skip
+        reference.observe(
+            outcomes(
+                step,
+                draw.source_ids[groups],
+                advantages.astype(np.float32).reshape(-1),
+                rewards.reshape(-1),
+                groups,
+                samples=np.tile(np.arange(contract.GROUP), contract.PROMPTS),
+                prompt_ids=draw.prompt_ids[groups],
+            )
+        )
 
 
 @pytest.mark.parametrize("sync", [False, True])

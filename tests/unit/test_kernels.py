@@ -49,8 +49,11 @@ def _run(program: str, files: dict[str, str], folder: pathlib.Path) -> list[str]
     path = os.pathsep.join([str(folder), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -45,7 +45,7 @@ def puzzle(**changed):
         "cot_foot": "That fits.",
         "statements": repr(statements),
         "index": 7,
-    }  # fmt: skip
+    }
     return {**row, **changed}
 
 
@@ -204,8 +204,13 @@ def test_published_wrapping_is_taken_off(tmp_path, capsys, ending):
         (row,) = read(tmp_path / "test.parquet")
         assert row["prompt"] == [*expected, {"role": "user", "content": quiz}]
         assert row["extra_info"] == {
-            "split": "test", "index": 3, "quiz": quiz, "depth": 2, "names": ["Zoey", "Sam"], "solution": [True, False],
-        }  # fmt: skip
+            "split": "test",
+            "index": 3,
+            "quiz": quiz,
+            "depth": 2,
+            "names": ["Zoey", "Sam"],
+            "solution": [True, False],
+        }
         assert json.loads(row["reward_model"]["ground_truth"]) == {
             key: puzzle()[key] for key in ("solution_text_format", "statements")
         }
@@ -224,8 +229,10 @@ def test_other_published_forms():
 
 
 def test_other_words_for_the_roles():
-    words = {key: value.replace("night", "aint").replace("nave", "inner").replace("k", "s").replace("K", "S")
-             for key, value in text.KNIGHT_KNAVE.items()}  # fmt: skip
+    words = {
+        key: value.replace("night", "aint").replace("nave", "inner").replace("k", "s").replace("K", "S")
+        for key, value in text.KNIGHT_KNAVE.items()
+    }
     assert words["a_knave"] == "a sinner" and words["Knight"] == "Saint"
     swapped = json.loads(json.dumps(puzzle()).replace("knight", "saint").replace("knave", "sinner"))
     row = {**swapped, "knight_knave": words, "statements": puzzle()["statements"]}
@@ -269,7 +276,7 @@ def test_other_words_for_the_roles():
         (published(truth="x"), "ground_truth is not JSON"),
         (published(truth="[]"), "ground_truth is [], not an object"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_recognised_is_refused_by_place_and_reason(row, reason, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     write_rows(path, puzzle(), row)
@@ -362,7 +369,9 @@ def test_rows_have_their_numbers(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a"')
     assert [(number, row if isinstance(row, dict) else "bad") for number, row in read_rows(path)] == [
-        (1, {"a": 1}), (3, {"a": 2}), (4, "bad"),
-    ]  # fmt: skip
+        (1, {"a": 1}),
+        (3, {"a": 2}),
+        (4, "bad"),
+    ]
     write_rows(tmp_path / "x.parquet", *({"a": i, "b": 0} for i in range(2500)))
     assert list(read_rows(tmp_path / "x.parquet", ("a",))) == [(i, {"a": i}) for i in range(2500)]

@@ -18,9 +18,18 @@ from kk.supply import count_available, count_solvable
 from tests.unit.kk_reference import holds, solutions
 
 FIELDS = [
-    "quiz", "names", "knight_knave", "solution", "solution_text", "solution_text_format", "cot_head",
-    "cot_repeat_steps", "cot_foot", "statements", "index",
-]  # fmt: skip
+    "quiz",
+    "names",
+    "knight_knave",
+    "solution",
+    "solution_text",
+    "solution_text_format",
+    "cot_head",
+    "cot_repeat_steps",
+    "cot_foot",
+    "statements",
+    "index",
+]
 
 
 def some(n, count, **options):
@@ -256,10 +265,14 @@ def test_the_command_says_how_many_were_rejected(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--people", "2", "--names", "2", "--per-size", "5000"],
-         "people=2: 5000 train puzzles asked for, but with 2 names only 402 distinct ones exist; ask for fewer, or "),
-        (["--people", "2", "--distinct", "class", "--test-per-size", "9", "--per-size", "3"],
-         "people=2: 9 test puzzles asked for, but only 8 distinct classes exist"),
+        (
+            ["--people", "2", "--names", "2", "--per-size", "5000"],
+            "people=2: 5000 train puzzles asked for, but with 2 names only 402 distinct ones exist; ask for fewer, or ",
+        ),
+        (
+            ["--people", "2", "--distinct", "class", "--test-per-size", "9", "--per-size", "3"],
+            "people=2: 9 test puzzles asked for, but only 8 distinct classes exist",
+        ),
         (["--people", "1-3"], "people=1: a puzzle needs at least 2 people"),
         (["--people", "0"], "people=0: a puzzle needs at least 2 people"),
         (["--people", "61", "--names", "60"], "names=60: 61 people need as many names; raise it to at least 61"),
@@ -270,7 +283,7 @@ def test_the_command_says_how_many_were_rejected(tmp_path, capsys):
         (["--people", "3", "--width", "7"], "width=7: must be from 2 to 5"),
         (["--people", "3", "--roles", "saint"], "--roles saint: write two words"),
     ],
-)  # fmt: skip
+)
 def test_impossible_requests_are_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
     assert run(tmp_path, *arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()

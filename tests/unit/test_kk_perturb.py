@@ -17,15 +17,28 @@ from kk.puzzle import canonical, random_statements, unique_solution
 from tests.unit.kk_reference import said, solutions
 
 PUBLISHED_FRAMES = (
-    "{name} said that {content}.", '{name} stated, "{content}".', 'According to {name}, "{content}".',
-    '"{content}," {name} declared.', '"{content}" - {name}.', 'In a statement by {name}: "{content}".',
-)  # fmt: skip
+    "{name} said that {content}.",
+    '{name} stated, "{content}".',
+    'According to {name}, "{content}".',
+    '"{content}," {name} declared.',
+    '"{content}" - {name}.',
+    'In a statement by {name}: "{content}".',
+)
 
 
 FIELDS = {
-    "quiz", "names", "knight_knave", "solution", "solution_text", "solution_text_format", "cot_head",
-    "cot_repeat_steps", "cot_foot", "statements", "index",
-}  # fmt: skip
+    "quiz",
+    "names",
+    "knight_knave",
+    "solution",
+    "solution_text",
+    "solution_text_format",
+    "cot_head",
+    "cot_repeat_steps",
+    "cot_foot",
+    "statements",
+    "index",
+}
 
 
 def run(capsys, *arguments):
@@ -124,10 +137,17 @@ def test_the_changed_quiz_is_the_one_that_would_have_been_written(n, grammar, ro
             continue
         (solution,), names, frames = found, rng.sample(text.NAMES, n), [rng.choice(text.FRAMES) for _ in range(n)]
         listing = text.solution_text_format(solution, names, roles)
-        rows.append({
-            "quiz": text.quiz_text(statements, names, frames, roles), "names": names, "knight_knave": roles.words,
-            "solution_text_format": listing, "statements": repr(statements), "index": len(rows), "frames": frames,
-        })  # fmt: skip
+        rows.append(
+            {
+                "quiz": text.quiz_text(statements, names, frames, roles),
+                "names": names,
+                "knight_knave": roles.words,
+                "solution_text_format": listing,
+                "statements": repr(statements),
+                "index": len(rows),
+                "frames": frames,
+            }
+        )
     source = write(tmp_path / "x.jsonl", rows)
     for kind in KINDS:
         assert run(capsys, "--in", source, "--kind", kind, "--out", tmp_path / "y.jsonl")[0] == 0
@@ -241,9 +261,11 @@ def test_a_quiz_in_other_words_is_refused_by_place(quiz, message, tmp_path, caps
     statements = (("and", ("telling-truth", 1), ("telling-truth", 0)), ("lying", 0))
     (solution,) = solutions(statements)
     row |= {
-        "quiz": quiz.format(*names, *(said(s, names) for s in statements)), "statements": repr(statements),
-        "solution": list(solution), "solution_text_format": text.solution_text_format(solution, names),
-    }  # fmt: skip
+        "quiz": quiz.format(*names, *(said(s, names) for s in statements)),
+        "statements": repr(statements),
+        "solution": list(solution),
+        "solution_text_format": text.solution_text_format(solution, names),
+    }
     source = write(tmp_path / "x.jsonl", [row])
     code, _, error = run(capsys, "--in", source, "--kind", "statement", "--out", tmp_path / "y.jsonl")
     assert code == 1 and error.startswith(f"error: {source}:1: ") and message in error and error.count("\n") == 1

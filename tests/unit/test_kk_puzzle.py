@@ -23,7 +23,7 @@ from kk.puzzle import (
     solve,
     split_of,
     unique_solution,
-)  # fmt: skip
+)
 from tests.unit.kk_reference import holds, solutions
 
 DEEP = Grammar(depth=3, width=3)

@@ -69,7 +69,8 @@ def test_haste_is_a_probability_of_giving_up():
 
 def test_a_puzzle_without_a_solution_is_an_error():
     paradox = (("lying", 1), ("telling-truth", 0))
-    assert not any(holds(paradox[0], (a, b)) == a and holds(paradox[1], (a, b)) == b
-                   for a in (True, False) for b in (True, False))  # fmt: skip
+    assert not any(
+        holds(paradox[0], (a, b)) == a and holds(paradox[1], (a, b)) == b for a in (True, False) for b in (True, False)
+    )
     with pytest.raises(ValueError, match="Zoey, Sam"):
         worked_solution(paradox, ["Zoey", "Sam"], random.Random(0))

@@ -108,14 +108,15 @@ FAULTS = {
     "text, words": (lambda row: {**row, "solution_text": flipped(row)["solution_text"]}, "solution_text does not say"),
     "text, quiz": (lambda row: {**row, "quiz": row["quiz"].replace(row["names"][1], "?")}, "quiz does not speak of"),
     "text, listing": (
-        lambda row: {**row, "solution_text_format": row["solution_text_format"].replace("(2)", "(3)")}, "as line 2"
+        lambda row: {**row, "solution_text_format": row["solution_text_format"].replace("(2)", "(3)")},
+        "as line 2",
     ),
     "unsolvable": (lambda row: with_statements(row, lambda found: not found), "no solution"),
     "ambiguous": (
         lambda row: with_statements(row, lambda found: len(found) > 1 and tuple(row["solution"]) in found),
         "more than one solution",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

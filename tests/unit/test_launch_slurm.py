@@ -116,23 +116,44 @@ def test_one_task_a_node_twice(launch, tmp_path):
     result = launch("--config-name=kk", "model.optim.lr=1e-6", "exp_manager.name='a b'")
     attempt = tmp_path / "slurm-x-123456" / "attempt_0"
     common = [
-        "--overlap", "--nodes=2", "--nodelist=node7,node8", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none",
-        "--kill-on-bad-exit=1", "--wait=60", "--export=ALL",
-    ]  # fmt: skip
+        "--overlap",
+        "--nodes=2",
+        "--nodelist=node7,node8",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        "--export=ALL",
+    ]
     options = srun_options(result)
     middle = options.index("--overlap", 1)
     assert options[:middle] == [
-        *common, f"--output={attempt}/%N.preflight.log", "--open-mode=append", "--kill-on-bad-exit=0",
-    ]  # fmt: skip
+        *common,
+        f"--output={attempt}/%N.preflight.log",
+        "--open-mode=append",
+        "--kill-on-bad-exit=0",
+    ]
     assert options[middle:] == [*common, f"--output={attempt}/%N.log", "--open-mode=append"]
     call = python_call(result)
     assert call["cwd"] == str(launch.repo)
     assert call["argv"] == [
-        "--head", "10.0.0.7:23824", "--ranks", f"{attempt}/ranks",
-        "--nnodes=2", "--nproc-per-node=4", "--max-restarts=0", "--rdzv-id=123456", "examples/train_gpt_grpo.py", "--config-name=kk", "model.optim.lr=1e-6",
-        "exp_manager.name='a b'", "trainer.num_nodes=2", "trainer.devices=4",
+        "--head",
+        "10.0.0.7:23824",
+        "--ranks",
+        f"{attempt}/ranks",
+        "--nnodes=2",
+        "--nproc-per-node=4",
+        "--max-restarts=0",
+        "--rdzv-id=123456",
+        "examples/train_gpt_grpo.py",
+        "--config-name=kk",
+        "model.optim.lr=1e-6",
+        "exp_manager.name='a b'",
+        "trainer.num_nodes=2",
+        "trainer.devices=4",
         f"exp_manager.outcome_file={attempt}/outcome.json",
-    ]  # fmt: skip
+    ]
 
 
 def test_processes_a_node_without_gpus(launch):

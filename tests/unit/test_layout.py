@@ -25,13 +25,18 @@ KEYS = {
 
 def _config(reshard: bool | str = False, **keys) -> schema.Config:
     return schema.load(
-        OmegaConf.create({
-            "trainer": {"grpo": {"inference_backend": {"reshard": reshard}}},
-            "pretrained_checkpoint": {"restore_from_path": "none"},
-            "model": {"data": {"train_files": ["none"]}, **{KEYS.get(key, key): value for key, value in keys.items()}},
-            "exp_manager": {"explicit_log_dir": "none"},
-        })
-    )  # fmt: skip
+        OmegaConf.create(
+            {
+                "trainer": {"grpo": {"inference_backend": {"reshard": reshard}}},
+                "pretrained_checkpoint": {"restore_from_path": "none"},
+                "model": {
+                    "data": {"train_files": ["none"]},
+                    **{KEYS.get(key, key): value for key, value in keys.items()},
+                },
+                "exp_manager": {"explicit_log_dir": "none"},
+            }
+        )
+    )
 
 
 def _layout(**keys) -> Layout:
@@ -84,17 +89,19 @@ def test_split_experts_on_expert_ranks_are_refused_on_gloo(monkeypatch):
     ("layout", "world", "message"),
     [
         (
-            Layout(tensor=2, pipeline=2, context=2), 12,
+            Layout(tensor=2, pipeline=2, context=2),
+            12,
             r"tensor_model_parallel_size=2 × model\.pipeline_model_parallel_size=2 × model\.context_parallel_size=2 = "
             r"8 ranks a replica, .* world size 12: start 8 or 16 ranks",
         ),
         (Layout(tensor=4), 2, r"= 4 ranks a replica, .* world size 2: start 4 ranks"),
         (
-            Layout(pipeline=2, expert=4), 12,
+            Layout(pipeline=2, expert=4),
+            12,
             r"expert_model_parallel_size=4 × .*=1 = 4 does not divide the 6 ranks of a pipeline stage \(world size 12",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_world_must_fit_the_layout(layout, world, message):
     with pytest.raises(ValueError, match=message):
         check_layout(layout, world)

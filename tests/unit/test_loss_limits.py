@@ -62,8 +62,9 @@ def test_a_dual_clip_that_no_ratio_reaches_is_none(lengths, seed, mode):
 def test_the_dual_clip_bounds_only_what_negative_advantages_lose():
     batch = {"mask": torch.ones(4, 1), "old_logprobs": torch.zeros(4, 1), "advantages": torch.tensor([1.0, 1, -1, -1])}
     batch["logprobs"] = torch.log(torch.tensor([[5.0], [1.1], [5.0], [1.1]])).requires_grad_()
-    loss, sums = grpo.policy_loss(*(batch[k] for k in ("logprobs", "old_logprobs", "advantages", "mask")), 1.0,
-                                  LossOptions(ratio_clip_c=3.0))  # fmt: skip
+    loss, sums = grpo.policy_loss(
+        *(batch[k] for k in ("logprobs", "old_logprobs", "advantages", "mask")), 1.0, LossOptions(ratio_clip_c=3.0)
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-1.2 - 1.1 + 3.0 + 1.1)
     assert (batch["logprobs"].grad[:, 0] != 0).tolist() == [False, True, False, True]
@@ -97,8 +98,9 @@ def test_on_policy_every_mode_has_the_policy_gradient(lengths, seed, mode):
 def test_a_generator_that_agrees_needs_no_correction_and_weights_stay_below_the_cap(lengths, seed, mode):
     batch = make_batch(lengths, seed)
     plain = with_gradients(batch, LossOptions(mode), 3.0)
-    same = with_gradients({**batch, "rollout_logprobs": batch["old_logprobs"]},
-                          LossOptions(mode, importance_sampling_cap=2.0), 3.0)  # fmt: skip
+    same = with_gradients(
+        {**batch, "rollout_logprobs": batch["old_logprobs"]}, LossOptions(mode, importance_sampling_cap=2.0), 3.0
+    )
     assert same[0] == plain[0] and torch.equal(same[1], plain[1])
     assert same[3]["rollout_corr/rollout_is_mean"] == batch["mask"].sum()
     sums = loss_of(batch, LossOptions(mode, importance_sampling_cap=0.9), 3.0)[1]

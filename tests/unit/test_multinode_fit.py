@@ -117,7 +117,11 @@ def test_efficiencies():
     def measured(name, mode, ranks, prompts, seconds):
         return Measured(name, mode, ["--config-name=kk_cpu"], ranks, [LENGTHS], [{"step": seconds}], prompts, [], [], 1)
 
-    found = [measured("1-strong", "strong", 1, 16, 8.0), measured("DP2-strong", "strong", 2, 16, 5.0),
-             measured("1-weak", "weak", 1, 16, 8.0), measured("DP2-weak", "weak", 2, 32, 10.0)]  # fmt: skip
+    found = [
+        measured("1-strong", "strong", 1, 16, 8.0),
+        measured("DP2-strong", "strong", 2, 16, 5.0),
+        measured("1-weak", "weak", 1, 16, 8.0),
+        measured("DP2-weak", "weak", 2, 32, 10.0),
+    ]
     assert [r["efficiency"] for r in efficiencies(found, "strong")] == [1.0, 0.8]
     assert [r["efficiency"] for r in efficiencies(found, "weak")] == [1.0, 0.8]

@@ -71,8 +71,12 @@ read_arguments = functools.cache(steps.read_arguments)  # a second each
 
 
 def run_of(ranks: int, *overrides: str, machine=None, prompts: int = 16) -> predict.Run:
-    own = [f"pretrained_checkpoint.restore_from_path={KK_TINY}", f"trainer.devices={ranks}",
-           "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1"]  # fmt: skip
+    own = [
+        f"pretrained_checkpoint.restore_from_path={KK_TINY}",
+        f"trainer.devices={ranks}",
+        "model.tensor_model_parallel_size=1",
+        "model.pipeline_model_parallel_size=1",
+    ]
     config = read_arguments(("--config-name=kk_cpu", *own, *overrides))
     return simulate.make_run(config, ranks, prompts, LENGTHS, machine or read_constants(H100))
 
@@ -101,8 +105,9 @@ def test_more_ranks_talk_more_and_a_faster_machine_is_faster():
     for name in ("train_flops", "forward_flops", "decode_flops", "memory_bytes_per_s", "host_bytes_per_s"):
         faster = dataclasses.replace(base, **{name: 2 * getattr(base, name)})
         assert simulate.row(run_of(4, machine=faster))["step_s"] <= simulate.row(run_of(4))["step_s"], name
-    slower = dataclasses.replace(base, links={p: {k: Link(2 * x.alpha, 2 * x.beta) for k, x in of.items()}
-                                              for p, of in base.links.items()})  # fmt: skip
+    slower = dataclasses.replace(
+        base, links={p: {k: Link(2 * x.alpha, 2 * x.beta) for k, x in of.items()} for p, of in base.links.items()}
+    )
     ours, theirs = (simulate.phases(run_of(4, machine=machine)) for machine in (base, slower))
     for name, cost in ours.items():
         assert theirs[name].communication == pytest.approx(2 * cost.communication), name

@@ -98,24 +98,36 @@ def test_the_rest_means_what_the_table_says():
         (["trainer.grpo.generation_save_dir=x"], "trainer.grpo.inference_backend.record", "x"),
         (
             ["trainer.grpo.inference_backend.enable=false", "trainer.grpo.inference_backend.type=sglang"],
-            "trainer.grpo.inference_backend.type", "megatron",
+            "trainer.grpo.inference_backend.type",
+            "megatron",
         ),
         (["model.encoder_seq_length=200"], "model.data.max_prompt_length", 8),  # less max_length, 192
         (
             ["model.encoder_seq_length=300", "trainer.grpo.inference_backend.max_input_len=50"],
-            "model.data.max_prompt_length", 50,
+            "model.data.max_prompt_length",
+            50,
         ),
         (["model.encoder_seq_length=300", "model.data.max_prompt_length=7"], "model.data.max_prompt_length", 7),
-        (["exp_manager.explicit_log_dir=null", "exp_manager.exp_dir=a", "exp_manager.name=b"],
-         "exp_manager.explicit_log_dir", "a/b"),
+        (
+            ["exp_manager.explicit_log_dir=null", "exp_manager.exp_dir=a", "exp_manager.name=b"],
+            "exp_manager.explicit_log_dir",
+            "a/b",
+        ),
         (["exp_manager.explicit_log_dir=null", "exp_manager.exp_dir=a"], "exp_manager.explicit_log_dir", "a/default"),
-        (["model.data.data_prefix={train: a.parquet}", "model.data.train_files=???", "model.data.validation_files=[]"],
-         "model.data.train_files", ["a.parquet"]),
+        (
+            [
+                "model.data.data_prefix={train: a.parquet}",
+                "model.data.train_files=???",
+                "model.data.validation_files=[]",
+            ],
+            "model.data.train_files",
+            ["a.parquet"],
+        ),
         (["model.megatron_amp_O2=true", "trainer.precision=bf16"], "trainer.precision", "bf16"),
         (["model.optim.sched.name=CosineAnnealing"], "model.optim.sched.name", "cosine"),
         (["model.optim.sched.name=linear"], "model.optim.sched.name", "linear"),
     ],
-)  # fmt: skip
+)
 def test_a_key_becomes_ours(overrides, key, value):
     config = OmegaConf.structured(schema.load(_nemo("kk_cpu", *overrides)))
     assert OmegaConf.select(config, key) == value
@@ -124,31 +136,41 @@ def test_a_key_becomes_ours(overrides, key, value):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.grpo.ratio_eps=0.3", "model.grpo.ratio_eps_high=0.4"],
-         "model.grpo.ratio_eps=0.3 means model.grpo.ratio_eps_high=0.3, which is 0.4: remove one of them"),
-        (["trainer.grpo.generation_rollout_mbs=8", "model.grpo.generation_rollout_mbs=4"],
-         "trainer.grpo.generation_rollout_mbs=8 means model.grpo.generation_rollout_mbs=8, which is 4: remove one"),
+        (
+            ["model.grpo.ratio_eps=0.3", "model.grpo.ratio_eps_high=0.4"],
+            "model.grpo.ratio_eps=0.3 means model.grpo.ratio_eps_high=0.3, which is 0.4: remove one of them",
+        ),
+        (
+            ["trainer.grpo.generation_rollout_mbs=8", "model.grpo.generation_rollout_mbs=4"],
+            "trainer.grpo.generation_rollout_mbs=8 means model.grpo.generation_rollout_mbs=8, which is 4: remove one",
+        ),
         (["trainer.grpo.model_gbs=1"], "trainer.grpo.model_gbs=1: set model.global_batch_size, and this to the same"),
         (["trainer.max_steps=7"], "trainer.max_steps=7: set trainer.grpo.max_steps, and this to the same"),
         (["model.precision=bf16"], "model.precision=bf16: set trainer.precision"),
         (["model.megatron_amp_O2=true"], "model.megatron_amp_O2=true: bf16 weights always have fp32 masters"),
         (["model.encoder_seq_length=192"], "model.encoder_seq_length=192: must be a number of tokens, of which"),
         (["model.encoder_seq_length=long"], "model.encoder_seq_length=long: must be a number of tokens"),
-        (["trainer.grpo.inference_backend.config.vllm={enable: true}"],
-         "trainer.grpo.inference_backend.config.vllm: vLLM runs beside the ranks"),
+        (
+            ["trainer.grpo.inference_backend.config.vllm={enable: true}"],
+            "trainer.grpo.inference_backend.config.vllm: vLLM runs beside the ranks",
+        ),
         (["trainer.grpo.batch_iterator={use_flask: true}"], "trainer.grpo.batch_iterator: rows are refilled"),
         (["trainer.grpo.environments={math: {}}"], "trainer.grpo.environments: no servers judge"),
         (["model.peft={peft_scheme: lora}"], "model.peft: all weights are trained"),
-        (["model.grpo.sampling_params.repetition_penalty=1.2"],
-         "model.grpo.sampling_params.repetition_penalty=1.2: the loss needs the probabilities"),
+        (
+            ["model.grpo.sampling_params.repetition_penalty=1.2"],
+            "model.grpo.sampling_params.repetition_penalty=1.2: the loss needs the probabilities",
+        ),
         (["model.data.data_prefix={train: [a.jsonl]}"], "model.data.data_prefix: give lists of parquet files"),
         (["model.data.data_prefix={train: [0.5, a.parquet]}"], "model.data.data_prefix: give lists of parquet files"),
         (["exp_manager.exp_dir=a"], "exp_manager.exp_dir=a: exp_manager.explicit_log_dir is given as well"),
         (["exp_manager.name=a"], "exp_manager.name=a: it names a folder in exp_manager.exp_dir"),
-        (["trainer.grpo.use_leave_one_out_baseline=maybe"],
-         "trainer.grpo.use_leave_one_out_baseline=maybe: must be true or false"),
+        (
+            ["trainer.grpo.use_leave_one_out_baseline=maybe"],
+            "trainer.grpo.use_leave_one_out_baseline=maybe: must be true or false",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_had_is_refused_by_name(overrides, message):
     with pytest.raises(schema.ConfigError) as error:
         schema.load(_nemo("kk_cpu", *overrides))

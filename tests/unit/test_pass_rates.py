@@ -67,8 +67,10 @@ class SlowModel:
         for row, correct, age, reward in rollouts:
             if math.isfinite(reward):
                 seen.setdefault(row, [0.0, 0.0])[0 if correct else 1] += self.discount**age
-        new = {row: self.updated(self.rows.get(row, (*self.prior_of(row), -1)), self.prior_of(row), step, *seen[row])
-               for row in seen}  # fmt: skip
+        new = {
+            row: self.updated(self.rows.get(row, (*self.prior_of(row), -1)), self.prior_of(row), step, *seen[row])
+            for row in seen
+        }
         for source in {NAMES[row] for row in seen}:
             right, wrong = (math.fsum(seen[row][i] for row in seen if NAMES[row] == source) for i in range(2))
             self.sources[source] = self.updated(self.sources[source], (1.0, 1.0), step, right, wrong)

@@ -35,8 +35,22 @@ ENDS = 150.0  # seconds within which a node of a test must have ended
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("kk")
-    generate.main(["--people", "2", "--per-size", "20", "--test-per-size", "4", "--names", "8", "--frames", "1",
-                   "--out", str(out)])  # fmt: skip
+    generate.main(
+        [
+            "--people",
+            "2",
+            "--per-size",
+            "20",
+            "--test-per-size",
+            "4",
+            "--names",
+            "8",
+            "--frames",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
     assert dataset.main(["--in", str(out), "--out", str(out)]) == 0
     return out / "train.parquet"
 
@@ -66,10 +80,16 @@ class Job:
 
     def argv(self, node: int, folder: str | Path | None = None, timeout_s: float = 60) -> list[str]:
         return [
-            f"--folder={folder or self.results}", f"--nodes={self.nodes}", "--nproc=2", f"--node-rank={node}",
-            f"--head={self._head}", f"--timeout-s={timeout_s}", "--", "--config-name=kk_cpu",
+            f"--folder={folder or self.results}",
+            f"--nodes={self.nodes}",
+            "--nproc=2",
+            f"--node-rank={node}",
+            f"--head={self._head}",
+            f"--timeout-s={timeout_s}",
+            "--",
+            "--config-name=kk_cpu",
             *(f"{key}={value}" for key, value in self._keys.items()),
-        ]  # fmt: skip
+        ]
 
     def start(self, node: int, cwd: Path = REPO, **options) -> None:
         process = CONTEXT.Process(target=self._run, args=(node, cwd, self.argv(node, **options)))

@@ -32,7 +32,7 @@ def sound(host: str, **changes) -> Facts:
         ({"refused": "no such file: x"}, [], "b: no such file: x (the other nodes find nothing wrong"),
         ({"unwritable": {"log": "Read-only file system"}}, [], "b: cannot write to log (Read-only file system)"),
     ],
-)  # fmt: skip
+)
 def test_what_is_laid_to_one_of_two_nodes(changes, at_fault, said):
     found = compare.problems({0: sound("a"), 1: sound("b", **changes)}, {}, 8, 60)
     assert [p.at_fault for p in found] == [at_fault] * bool(said)
@@ -54,8 +54,10 @@ def test_warnings():
     found += compare.found_of_others(facts, {0: Findings(), 1: Findings(clock_s=-61)})
     assert [p.is_warning for p in found] == [True] * 3
     assert [p.text.split(",")[0] for p in found] == [
-        "a: GPU 7 has 3.0 GiB in use", "b: 1 MiB free in /dev/shm", "b: its clock is -61 s off a's"
-    ]  # fmt: skip
+        "a: GPU 7 has 3.0 GiB in use",
+        "b: 1 MiB free in /dev/shm",
+        "b: its clock is -61 s off a's",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,13 @@ def _run(show: bool, on_terminal: bool) -> tuple[str, str]:
     reader = threading.Thread(target=read)
     reader.start()
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(show=show)], stdout=subprocess.PIPE, stderr=theirs, env=environment,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT.format(show=show)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
     os.close(theirs)
     reader.join()
     os.close(ours)

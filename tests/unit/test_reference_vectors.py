@@ -17,8 +17,10 @@ from megatron_dump.kl_reward import KLInReward, sequence_kl
 from megatron_dump.types import TrainBatch
 from tests.unit.curricula import outcomes
 
-VECTORS = {path.stem: json.loads(path.read_text()) for path in
-           sorted((pathlib.Path(__file__).parent / "reference_vectors").glob("*.json"))}  # fmt: skip
+VECTORS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((pathlib.Path(__file__).parent / "reference_vectors").glob("*.json"))
+}
 TRL, VERL = VECTORS["trl"], VECTORS["verl"]
 
 

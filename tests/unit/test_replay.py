@@ -42,8 +42,21 @@ def answer(curriculum: Curriculum, draw: Draw, rng: np.random.Generator, groups:
     group_ids = draw.first_group + at
     samples = np.concatenate([np.arange(n) for n in draw.rollouts[positions]])
     yes, ages = np.ones(at.size, bool), np.full(at.size, rng.integers(0, 1 + curriculum.max_staleness))
-    outcomes = Outcomes(draw.step, group_ids, samples, draw.prompt_ids[at], source_ids, rewards, advantages, correct,
-                        rng.random(at.size) < 0.9, rng.integers(1, 99, at.size), yes, yes, ages)  # fmt: skip
+    outcomes = Outcomes(
+        draw.step,
+        group_ids,
+        samples,
+        draw.prompt_ids[at],
+        source_ids,
+        rewards,
+        advantages,
+        correct,
+        rng.random(at.size) < 0.9,
+        rng.integers(1, 99, at.size),
+        yes,
+        yes,
+        ages,
+    )
     kept = np.isfinite(rewards) & ~np.isin(group_ids, curriculum.filter.rejected(outcomes))
     return dataclasses.replace(outcomes, kept=kept & draw.train)
 

@@ -45,9 +45,7 @@ def browse(page: Path, width: int) -> tuple[str, str, Path]:
     done = subprocess.run(
         [*command, "--dump-dom", probed.as_uri()], check=True, capture_output=True, text=True, timeout=240
     )
-    subprocess.run(
-        [*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=240
-    )  # fmt: skip
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=240)
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
     return done.stdout, console, picture
 

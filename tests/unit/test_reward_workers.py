@@ -210,9 +210,16 @@ def test_a_bad_mapping_is_refused_at_once(mapping, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": -1}, {"workers": True}, {"timeout_s": 0}, {"memory_gb": -1.0}, {"on_crash": math.inf},
-     {"on_timeout": "drop"}, {"start_timeout_s": None}],
-)  # fmt: skip
+    [
+        {"workers": -1},
+        {"workers": True},
+        {"timeout_s": 0},
+        {"memory_gb": -1.0},
+        {"on_crash": math.inf},
+        {"on_timeout": "drop"},
+        {"start_timeout_s": None},
+    ],
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
         pool(**options)

@@ -142,9 +142,11 @@ def test_words_outside_the_tags_are_nobodys_turn():
 
 def test_modes_and_components():
     texts = {
-        "right": GOOD, "wrong": GOOD.replace("knave", "knight"), "unreadable": GOOD.replace("Sam", "Tom"),
+        "right": GOOD,
+        "wrong": GOOD.replace("knave", "knight"),
+        "unreadable": GOOD.replace("Sam", "Tom"),
         "bad format": "",
-    }  # fmt: skip
+    }
     expected = {"dump": (3, -0.5, -1, -3), "answer": (2, -1.5, -2, -2), "binary": (1, 0, 0, 0)}
     assert expected.keys() == scale.MODES.keys()
     for mode, rewards in expected.items():
@@ -211,12 +213,22 @@ def test_other_role_words(roles, more):
 
 
 @pytest.mark.parametrize(
-    "truth", ["", "{}", "[]", "null", "[" * 100_000, '{"solution_text_format": 3}', '{"solution_text_format": ""}',
-              '{"solution_text_format": "(1) Zoey is happy"}', '{"solution_text_format": "(1)  is a knave"}',
-              '{"solution_text_format": "(2) Zoey is a knave"}',
-              '{"solution_text_format": "(1) Zoey is a knave\\n(2) zoey is a knight"}',
-              '{"solution_text_format": "(1) A is a knave\\n(2) B is a knight\\n(3) C is a spy"}']
-)  # fmt: skip
+    "truth",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"solution_text_format": 3}',
+        '{"solution_text_format": ""}',
+        '{"solution_text_format": "(1) Zoey is happy"}',
+        '{"solution_text_format": "(1)  is a knave"}',
+        '{"solution_text_format": "(2) Zoey is a knave"}',
+        '{"solution_text_format": "(1) Zoey is a knave\\n(2) zoey is a knight"}',
+        '{"solution_text_format": "(1) A is a knave\\n(2) B is a knight\\n(3) C is a spy"}',
+    ],
+)
 def test_a_bad_ground_truth_is_the_data_sets_fault(truth):
     with pytest.raises(GroundTruthError, match="ground truth"):
         judge("Zoey is a knave", truth)

@@ -18,9 +18,10 @@ from tests.unit.kk_styles import CLAUSES, RIGHT, STYLES, TRUTH, ground_truth, ju
 def test_no_letter_passes_for_an_ascii_one():
     """All of Unicode: what the reader takes for ASCII text is ASCII, or a plain dash, arrow or quote."""
     mistaken = {
-        chr(c) for c in range(0x80, sys.maxunicode + 1)
+        chr(c)
+        for c in range(0x80, sys.maxunicode + 1)
         if "".join(kk_words.tokens(chr(c))).isascii() and not chr(c).isspace() and not kk_words.impostors(chr(c))
-    }  # fmt: skip
+    }
     assert mistaken == set("’–—‑−→⇒“”")
 
 

@@ -97,8 +97,13 @@ def test_questions_without_an_answer_of_the_librarys_are_judged(task):
 
 
 def test_partial_credit_moves_from_wrong_to_right():
-    truth = json.dumps({"task": "spell_backward", "config": {}, "entry": {
-        "question": "Spell this word backward: hello", "answer": "olleh", "metadata": {}}})  # fmt: skip
+    truth = json.dumps(
+        {
+            "task": "spell_backward",
+            "config": {},
+            "entry": {"question": "Spell this word backward: hello", "answer": "olleh", "metadata": {}},
+        }
+    )
     score = judge("ollex", truth)  # four letters of five
     assert score.reward == pytest.approx(1 - 1.5 + 0.8 * 3.5) and not score.correct and score.well_formed
     assert score.components == pytest.approx({"format": 1.0, "answer": 1.3, "accuracy": 0.0, "score": 0.8})
@@ -140,10 +145,18 @@ def test_a_score_that_is_none_is_a_wrong_answer(said, monkeypatch):
 
 @pytest.mark.parametrize(
     "truth",
-    ["", "{}", "[]", "4", "null", "[" * 100_000, '{"task": "chain_sum", "config": {}}',
-     '{"task": "chain_sum", "config": [], "entry": {"question": "?", "answer": "4", "metadata": {}}}',
-     '{"task": "chain_sum", "config": {}, "entry": {"question": "?", "answer": "4"}}'],
-)  # fmt: skip
+    [
+        "",
+        "{}",
+        "[]",
+        "4",
+        "null",
+        "[" * 100_000,
+        '{"task": "chain_sum", "config": {}}',
+        '{"task": "chain_sum", "config": [], "entry": {"question": "?", "answer": "4", "metadata": {}}}',
+        '{"task": "chain_sum", "config": {}, "entry": {"question": "?", "answer": "4"}}',
+    ],
+)
 def test_a_ground_truth_of_something_else_is_the_data_sets_fault(truth):
     with pytest.raises(GroundTruthError, match="ground truth is not JSON with task, config and entry"):
         judge("4", truth)
@@ -158,9 +171,13 @@ def test_a_task_that_cannot_be_made_is_the_data_sets_fault(task, config):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("mode", "dumb", "mode: 'dumb' is unknown; known: dump"), ("partial", 1, "partial: 1 must be true or false"),
-     ("end_tokens", "<bye>", "end_tokens: '<bye>'"), ("colour", "red", "colour: no such option")],
-)  # fmt: skip
+    [
+        ("mode", "dumb", "mode: 'dumb' is unknown; known: dump"),
+        ("partial", 1, "partial: 1 must be true or false"),
+        ("end_tokens", "<bye>", "end_tokens: '<bye>'"),
+        ("colour", "red", "colour: no such option"),
+    ],
+)
 def test_bad_options_are_refused(option, value, message):
     with pytest.raises(ValueError, match=message):
         reward_fn("reasoning_gym", {option: value})
@@ -179,8 +196,17 @@ def test_a_long_answer_is_not_given_to_the_library(answer):
     assert judge("[" * 1500, truth).reason == "wrong"  # deep, and within the limit
 
 
-EVALUATED = ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "simple_integration",
-             "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown"]  # fmt: skip
+EVALUATED = [
+    "string_insertion",
+    "spiral_matrix",
+    "binary_matrix",
+    "n_queens",
+    "simple_integration",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "puzzle24",
+    "countdown",
+]
 
 
 @pytest.mark.parametrize("task", EVALUATED)

@@ -25,9 +25,12 @@ def _spelled_out(tokens: list[int], longest: int, least: int) -> bool:
 
 
 @given(
-    head=st.lists(st.integers(0, 2), max_size=20), gram=st.lists(st.integers(0, 2), min_size=1, max_size=7),
-    times=st.integers(0, 6), tail=st.integers(0, 6), least=st.integers(1, 14),
-)  # fmt: skip
+    head=st.lists(st.integers(0, 2), max_size=20),
+    gram=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+    times=st.integers(0, 6),
+    tail=st.integers(0, 6),
+    least=st.integers(1, 14),
+)
 def test_a_loop_is_what_the_definition_says(head, gram, times, tail, least):
     tokens = head + gram * times + gram[:tail]
     assert loops(np.array(tokens, np.int64), 5, least) == _spelled_out(tokens, 5, least)
@@ -60,8 +63,10 @@ def test_counts_and_shares():
     counts = count_loops(found)
     assert counts.tolist() == [2, 3]
     assert rollout_metrics(counts + count_loops(found[2:]), 600, 3.0, 4) == {
-        "rollout/repetition": 0.5, "perf/gen_tokens_per_s": 200.0, "perf/gen_tokens_per_s_per_rank": 50.0,
-    }  # fmt: skip
+        "rollout/repetition": 0.5,
+        "perf/gen_tokens_per_s": 200.0,
+        "perf/gen_tokens_per_s_per_rank": 50.0,
+    }
     assert rollout_metrics(count_loops([]), 0, 0.0, 1) == {}
 
 

@@ -22,8 +22,11 @@ def test_only_secrets_are_hidden(monkeypatch):
     assert "s3cr3t" not in str(found)
     manager = found["exp_manager"]
     assert manager["wandb_logger_kwargs"] == {
-        "api_key": "${oc.env:WANDB_API_KEY}", "password": "***", "project": "p", "copy": {"api_key": "***"},
-    }  # fmt: skip
+        "api_key": "${oc.env:WANDB_API_KEY}",
+        "password": "***",
+        "project": "p",
+        "copy": {"api_key": "***"},
+    }
     assert manager["explicit_log_dir"] == "runs/a" and manager["hosts"] == [{"token": "***"}, {"token": 5}]
     assert found["trainer"] == {"max_generated_tokens": 7}
 

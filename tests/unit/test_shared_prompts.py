@@ -43,8 +43,12 @@ def test_the_sequence_has_every_token_once_at_its_position_and_no_other(rows, un
     length = shared.tokens.size(1)
     assert length % unit == 0 and _needed(rows) < length <= _needed(rows) + unit
     found = sorted(zip(shared.positions.tolist(), shared.tokens[0].tolist(), strict=True))
-    expected = {(t, PROMPTS[p][t]) if t < len(PROMPTS[p]) else (t, int(tokens[i, t]))
-                for i, (p, n) in enumerate(rows) if n for t in range(len(PROMPTS[p]) + n - 1)}  # fmt: skip
+    expected = {
+        (t, PROMPTS[p][t]) if t < len(PROMPTS[p]) else (t, int(tokens[i, t]))
+        for i, (p, n) in enumerate(rows)
+        if n
+        for t in range(len(PROMPTS[p]) + n - 1)
+    }
     assert {pair for pair in found if pair != (0, 0)} == expected  # (0, 0): padding
     before = shared.before.tolist()
     assert len(before) == sampled.sum()

@@ -27,9 +27,17 @@ from megatron_dump.curriculum.simulator import (
 from megatron_dump.types import Draw, Outcomes
 
 WORLD = Scenario(
-    "world", "", names=("a", "b", "c", "d"), sizes=(20, 30, 10, 40), difficulties=(-1.0, 0.0, 0.5, 1.0),
-    transfer=0.25, learning_rate=2.0, prompts_per_step=8, samples_per_prompt=4, steps=6,
-)  # fmt: skip
+    "world",
+    "",
+    names=("a", "b", "c", "d"),
+    sizes=(20, 30, 10, 40),
+    difficulties=(-1.0, 0.0, 0.5, 1.0),
+    transfer=0.25,
+    learning_rate=2.0,
+    prompts_per_step=8,
+    samples_per_prompt=4,
+    steps=6,
+)
 STARTS = (0, 20, 50, 60)
 
 

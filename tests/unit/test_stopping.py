@@ -272,9 +272,13 @@ def test_the_outcome_is_one_line_and_replaces_atomically(tmp_path):
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, "examples/train_gpt_grpo.py", *arguments], cwd=REPO, env=environment, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "examples/train_gpt_grpo.py", *arguments],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,9 +293,15 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_what_is_refused_is_said_in_the_outcome(tmp_path, argument, says):
     outcome = tmp_path / "outcome.json"
     outcome.write_text("of an earlier run")
-    run = script("--config-name=kk_cpu", argument, "trainer.devices=1", f"exp_manager.outcome_file={outcome}",
-                 "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1",
-                 f"exp_manager.explicit_log_dir={tmp_path / 'run'}")  # fmt: skip
+    run = script(
+        "--config-name=kk_cpu",
+        argument,
+        "trainer.devices=1",
+        f"exp_manager.outcome_file={outcome}",
+        "model.tensor_model_parallel_size=1",
+        "model.pipeline_model_parallel_size=1",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+    )
     assert run.returncode == 1 and says in run.stderr and "Traceback" not in run.stderr
     told = json.loads(outcome.read_text())
     assert told["state"] == "refused" and says in told["reason"] and f"error: {told['reason']}\n" in run.stderr

@@ -74,8 +74,14 @@ def hub(refuses: bool = False):
 
 def run(folder: pathlib.Path, *arguments: object, token: str | None = TOKEN, endpoint: str = "http://127.0.0.1:9"):
     environment = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
-    environment |= {"PYTHONPATH": str(REPO), "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"),
-                    "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DEBUG": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment |= {
+        "PYTHONPATH": str(REPO),
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DEBUG": "",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("HF_TOKEN", None)
     if token is not None:
         environment["HF_TOKEN"] = token
@@ -155,9 +161,16 @@ def test_what_is_no_part_of_a_model_is_refused_by_name(model):
     (model / "model-00002-of-00002.safetensors").write_bytes(pickle.dumps(list(range(100))))
     with pytest.raises(ValueError, match="only safetensors, config, tokenizer and licence are uploaded") as caught:
         checked_files(model)
-    for name in ("merges.txt", "training_args.bin", "optimizer.pt", "global_step20", "vocab.txt (a pickle or an arch",
-                 "model-00001-of-00002.safetensors (an optimizer's states: state.exp_avg)", "generation_config.json (",
-                 "model-00002-of-00002.safetensors (no safetensors file)"):  # fmt: skip
+    for name in (
+        "merges.txt",
+        "training_args.bin",
+        "optimizer.pt",
+        "global_step20",
+        "vocab.txt (a pickle or an arch",
+        "model-00001-of-00002.safetensors (an optimizer's states: state.exp_avg)",
+        "generation_config.json (",
+        "model-00002-of-00002.safetensors (no safetensors file)",
+    ):
         assert name in str(caught.value)
     assert "tokenizer.json" not in str(caught.value)
 
@@ -175,14 +188,29 @@ def test_a_folder_without_weights_and_texts_with_keys(model):
 
 
 EVALUATION = {
-    "model": "/home/somebody/base", "checkpoint": "/home/somebody/kk/checkpoints/step_2",
+    "model": "/home/somebody/base",
+    "checkpoint": "/home/somebody/kk/checkpoints/step_2",
     "settings": {"confidence": 0.95, "sampling": {"temperature": 0.7}},
-    "files": {"/home/somebody/data/test.parquet": {"prompts": 6, "modes": {"sampled": {
-        "sources": {"kk|2": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}, "prompts": 6, "samples": 2,
-                             "pass_rates": [0.5], "pass@2": {"value": 0.75, "low": None, "high": None}}},
-        "mean": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}},
-    }}}},
-}  # fmt: skip
+    "files": {
+        "/home/somebody/data/test.parquet": {
+            "prompts": 6,
+            "modes": {
+                "sampled": {
+                    "sources": {
+                        "kk|2": {
+                            "accuracy": {"value": 0.5, "low": 0.25, "high": 0.75},
+                            "prompts": 6,
+                            "samples": 2,
+                            "pass_rates": [0.5],
+                            "pass@2": {"value": 0.75, "low": None, "high": None},
+                        }
+                    },
+                    "mean": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}},
+                }
+            },
+        }
+    },
+}
 
 
 def test_the_card_has_configuration_data_and_results(model, tmp_path):
@@ -203,9 +231,10 @@ def test_the_card_has_configuration_data_and_results(model, tmp_path):
     assert "Weights of training step 2." in card and "f" * 64 in card and "\n# tiny\n" in card
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert shown == {
-        "trainer.grpo.samples_per_prompt": 16, "model.data.train_files": ["train.parquet"],
+        "trainer.grpo.samples_per_prompt": 16,
+        "model.data.train_files": ["train.parquet"],
         "model.data.rewards.*.judge.token": "${oc.env:JUDGE_TOKEN}",
-    }  # fmt: skip
+    }
     assert "| kk\\|2 | 0.500 (0.250…0.750) | 0.750 (–…–) |" in card and "**test.parquet** (6 prompts, sampled" in card
     assert "Of `step_2`" in card and "somebody" not in card and "secret-team" not in card
     assert "## Validation" not in card and "| accuracy | 0.250 |" in make()

@@ -109,17 +109,31 @@ def test_a_link_that_nobody_serves():
     with pytest.raises(ConnectionError, match="nobody sends weights on this link"):
         next(receive(link))
     with pytest.raises(ConnectionError):
-        next(receive({"transport": "broadcast", "host": "127.0.0.1", "port": 1, "rank": 1, "size": 2,
-                      "backend": "gloo", "timeout_s": 1}))  # fmt: skip
+        next(
+            receive(
+                {
+                    "transport": "broadcast",
+                    "host": "127.0.0.1",
+                    "port": 1,
+                    "rank": 1,
+                    "size": 2,
+                    "backend": "gloo",
+                    "timeout_s": 1,
+                }
+            )
+        )
     with pytest.raises(ValueError, match="transport='pigeon' is not one of"):
         next(receive({"transport": "pigeon"}))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(transport="pigeon"), "weight_sync.transport=pigeon: one of auto, shared_memory, broadcast"),
-    (dict(bucket_mb=0), "weight_sync.bucket_mb=0: must be positive"),
-    (dict(dtype="float31"), "'float31' is no torch dtype"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(transport="pigeon"), "weight_sync.transport=pigeon: one of auto, shared_memory, broadcast"),
+        (dict(bucket_mb=0), "weight_sync.bucket_mb=0: must be positive"),
+        (dict(dtype="float31"), "'float31' is no torch dtype"),
+    ],
+)
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         WeightSyncOptions(**options)

@@ -41,9 +41,14 @@ def test_an_engine_that_fails_is_restarted_and_gets_the_weights(engines, tmp_pat
     assert engine.starts == 2
 
 
-@pytest.mark.parametrize(("kind", "message"), [
-    ("error", "cannot load this"), ("death", "EngineDied"), ("leaves", "did not load all"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("error", "cannot load this"),
+        ("death", "EngineDied"),
+        ("leaves", "did not load all"),
+    ],
+)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_second_failure_is_an_error(engines, tmp_path, transport, kind, message):
     engine = engines(lambda: Mishap(kind, tmp_path, times=2))
@@ -83,10 +88,13 @@ sync.push(0)
 """
 
 
-@pytest.mark.parametrize(("how", "message"), [
-    ("death", "the sender ended in the middle of the weights"),
-    ("error", "the sender gave up: OSError: the weights cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("death", "the sender ended in the middle of the weights"),
+        ("error", "the sender gave up: OSError: the weights cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_the_senders_end_reaches_the_engine(transport, how, message):
     """As an exception, at once; and nothing is left of it in /dev/shm."""

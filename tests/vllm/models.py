@@ -18,11 +18,20 @@ def write_model(path, seed: int = 0, tied: bool = True) -> Qwen2ForCausalLM:
     """As a Hugging Face folder, and as transformers has it."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-        eos_token_id=STOPS[0], bos_token_id=None, initializer_range=0.2,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        eos_token_id=STOPS[0],
+        bos_token_id=None,
+        initializer_range=0.2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
+    )
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):  # HF starts them at 1 and 0, which would hide mistakes

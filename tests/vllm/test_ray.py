@@ -51,8 +51,12 @@ def test_engines_on_two_nodes_lose_nothing_and_get_weights(cluster, model, optio
     first, second = engines
     assert first.place["node"] != second.place["node"]
     pool = EnginePool(engines, PoolOptions(**QUICK), expected_tokens=12)
-    sync = WeightSync(Weights(trained), pool.engines, WeightSyncOptions(transport="broadcast"),
-                      hosts=[engine.place["host"] for engine in engines])  # fmt: skip
+    sync = WeightSync(
+        Weights(trained),
+        pool.engines,
+        WeightSyncOptions(transport="broadcast"),
+        hosts=[engine.place["host"] for engine in engines],
+    )
     try:
         assert plain(pool.generate(asked).result(60)) == plain(local.generate(asked))
         sync.push(1)

@@ -99,8 +99,13 @@ with Cluster(RayOptions(num_cpus=1, temp_dir=sys.argv[1])) as cluster:
 @pytest.mark.parametrize("how", ["leave", "wait"])
 def test_nothing_is_left_of_a_cluster_of_ones_own(tmp_path_factory, how):
     folder = Path("/tmp") / f"r{os.getpid()}{how[0]}"  # Ray's sockets have long names already
-    driver = subprocess.Popen([sys.executable, "-c", LOCAL, str(folder), how], cwd=REPO, stdout=subprocess.PIPE,
-                              env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, text=True)  # fmt: skip
+    driver = subprocess.Popen(
+        [sys.executable, "-c", LOCAL, str(folder), how],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        text=True,
+    )
     assert driver.stdout is not None
     line = ""
     while not line.startswith("up"):

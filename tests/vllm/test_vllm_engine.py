@@ -180,8 +180,12 @@ def test_a_killed_engine_loses_and_repeats_nothing(small):
     for ours, theirs in zip([p.result() for p in pending], expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert (a.group_id, a.sample, a.finished, a.policy_version, a.text) == (
-                b.group_id, b.sample, b.finished, b.policy_version, b.text,
-            )  # fmt: skip
+                b.group_id,
+                b.sample,
+                b.finished,
+                b.policy_version,
+                b.text,
+            )
             np.testing.assert_array_equal(a.token_ids, b.token_ids)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     assert renewed == [False]

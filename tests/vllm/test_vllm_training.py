@@ -28,10 +28,18 @@ def data(tmp_path_factory):
 
 def _run(world, data, log_dir, tensor=1, **overrides):
     train(
-        world, data, log_dir, tensor,
-        **{f"{BACKEND}.type": "vllm", f"{BACKEND}.record": log_dir / "rollouts", "trainer.grpo.max_steps": STEPS,
-           "model.grpo.length_params.max_length": 24, **overrides},
-    )  # fmt: skip
+        world,
+        data,
+        log_dir,
+        tensor,
+        **{
+            f"{BACKEND}.type": "vllm",
+            f"{BACKEND}.record": log_dir / "rollouts",
+            "trainer.grpo.max_steps": STEPS,
+            "model.grpo.length_params.max_length": 24,
+            **overrides,
+        },
+    )
     return rows(log_dir)
 
 
@@ -105,18 +113,27 @@ def test_engines_and_reward_workers_on_ray(data, one_rank, tmp_path):
     """The documented command: two ranks, two engines that they share, a cluster of the run's own."""
     temporary = pathlib.Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # Ray's sockets have long names
     settings = {
-        f"{BACKEND}.type": "vllm", f"{BACKEND}.record": tmp_path / "rollouts", f"{BACKEND}.ray.enabled": "true",
-        f"{BACKEND}.engines": 2, f"{BACKEND}.ray.num_cpus": 4, f"{BACKEND}.ray.temp_dir": temporary,
-        "model.data.reward_workers.ray_actors": 1, "model.data.reward_workers.workers": 1,
+        f"{BACKEND}.type": "vllm",
+        f"{BACKEND}.record": tmp_path / "rollouts",
+        f"{BACKEND}.ray.enabled": "true",
+        f"{BACKEND}.engines": 2,
+        f"{BACKEND}.ray.num_cpus": 4,
+        f"{BACKEND}.ray.temp_dir": temporary,
+        "model.data.reward_workers.ray_actors": 1,
+        "model.data.reward_workers.workers": 1,
         "trainer.grpo.max_steps": STEPS,
         "model.grpo.length_params.max_length": 24,
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "examples/train_gpt_grpo.py"]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     ran = subprocess.run(
-        command + arguments(2, data, tmp_path, **settings), cwd=REPO, env=env, capture_output=True, text=True,
+        command + arguments(2, data, tmp_path, **settings),
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
         timeout=400,
-    )  # fmt: skip
+    )
     try:
         assert ran.returncode == 0, ran.stderr[-4000:]
         logged = rows(tmp_path)

@@ -48,9 +48,14 @@ class PlainStep:
         for micro in micros:
             logprobs = self._logprobs(micro)
             loss, _ = grpo.policy_loss(
-                logprobs, logprobs.detach(), micro.advantages, micro.mask, global_tokens, _LOSS,
+                logprobs,
+                logprobs.detach(),
+                micro.advantages,
+                micro.mask,
+                global_tokens,
+                _LOSS,
                 ref_logprobs=micro.ref_logprobs,
-            )  # fmt: skip
+            )
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

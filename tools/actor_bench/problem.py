@@ -43,11 +43,19 @@ def write_model(shape: Shape, path: pathlib.Path, dtype: torch.dtype = torch.flo
     """Random weights, tied embeddings as in Qwen2.5-0.5B."""
     torch.manual_seed(0)
     hf = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None, rms_norm_eps=1e-6,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+        rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(hf).to(dtype).save_pretrained(path)
 
 
@@ -55,16 +63,30 @@ def make_actor(
     path: pathlib.Path, shape: Shape, grid: Parallel, precision: str = "32", dynamic: dict | None = None
 ) -> MegatronGPTGRPOActor:
     """Ours, at the defaults of gpt_grpo.yaml but for the sizes and the penalty."""
-    config = load(OmegaConf.create({
-        "trainer": {"precision": precision, "grpo": {"num_prompts_per_grpo_step": shape.rows // 8,
-                                                     "samples_per_prompt": 8,
-                                                     "initial_policy_kl_penalty": KL_PENALTY}},
-        "pretrained_checkpoint": {"restore_from_path": str(path)},
-        "model": {"micro_batch_size": shape.micro, "global_batch_size": shape.rows, "make_vocab_size_divisible_by": 1,
-                  "dynamic_batching": dynamic or {}, "data": {"train_files": ["none"]},
-                  "optim": {"lr": LEARNING_RATE}},
-        "exp_manager": {"explicit_log_dir": "none"},
-    }))  # fmt: skip
+    config = load(
+        OmegaConf.create(
+            {
+                "trainer": {
+                    "precision": precision,
+                    "grpo": {
+                        "num_prompts_per_grpo_step": shape.rows // 8,
+                        "samples_per_prompt": 8,
+                        "initial_policy_kl_penalty": KL_PENALTY,
+                    },
+                },
+                "pretrained_checkpoint": {"restore_from_path": str(path)},
+                "model": {
+                    "micro_batch_size": shape.micro,
+                    "global_batch_size": shape.rows,
+                    "make_vocab_size_divisible_by": 1,
+                    "dynamic_batching": dynamic or {},
+                    "data": {"train_files": ["none"]},
+                    "optim": {"lr": LEARNING_RATE},
+                },
+                "exp_manager": {"explicit_log_dir": "none"},
+            }
+        )
+    )
     return MegatronGPTGRPOActor(config, grid)
 
 

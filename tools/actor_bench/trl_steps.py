@@ -45,19 +45,37 @@ def main() -> None:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_steps=1, shuffle_dataset=False, disable_tqdm=True,
-            max_steps=settings["steps"], num_generations=settings["group"],
-            generation_batch_size=settings["rows"], per_device_train_batch_size=settings["micro"],
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            shuffle_dataset=False,
+            disable_tqdm=True,
+            max_steps=settings["steps"],
+            num_generations=settings["group"],
+            generation_batch_size=settings["rows"],
+            per_device_train_batch_size=settings["micro"],
             gradient_accumulation_steps=settings["rows"] // settings["micro"],
-            max_completion_length=settings["max_length"], learning_rate=settings["lr"], beta=settings["kl_penalty"],
-            temperature=1.0, top_k=0, top_p=1.0, lr_scheduler_type="constant",
+            max_completion_length=settings["max_length"],
+            learning_rate=settings["lr"],
+            beta=settings["kl_penalty"],
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            lr_scheduler_type="constant",
             model_init_kwargs={"attn_implementation": "sdpa", "dtype": "float32"},
-        )  # fmt: skip
+        )
         trainer = trl.GRPOTrainer(
-            model=model, reward_funcs=reward, args=config, processing_class=tokenizer, callbacks=[watch],
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            processing_class=tokenizer,
+            callbacks=[watch],
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-        )  # fmt: skip
+        )
         trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
     print(json.dumps({"seconds": watch.seconds, "lengths": lengths, "version": trl.__version__}))

@@ -26,10 +26,14 @@ def beside_trl(trl_python: str, data: pathlib.Path, steps: int, rounds: int) -> 
         sys.exit(f"--data={data}: no such file; run `make data`, or name a parquet file of puzzles")
     recipe = OmegaConf.load(REPO / "examples/conf/kk_cpu.yaml")
     settings = {
-        "steps": steps, "group": recipe.trainer.grpo.samples_per_prompt, "rows": recipe.model.global_batch_size,
-        "micro": recipe.model.micro_batch_size, "max_length": recipe.model.grpo.length_params.max_length,
-        "lr": recipe.model.optim.lr, "kl_penalty": recipe.trainer.grpo.initial_policy_kl_penalty,
-    }  # fmt: skip
+        "steps": steps,
+        "group": recipe.trainer.grpo.samples_per_prompt,
+        "rows": recipe.model.global_batch_size,
+        "micro": recipe.model.micro_batch_size,
+        "max_length": recipe.model.grpo.length_params.max_length,
+        "lr": recipe.model.optim.lr,
+        "kl_penalty": recipe.trainer.grpo.initial_policy_kl_penalty,
+    }
     seconds: dict[str, list[float]] = {"ours": [], "TRL": []}
     lengths: dict[str, list[float]] = {"ours": [], "TRL": []}
     version = ""
@@ -74,14 +78,25 @@ def _run(command: list[str]) -> str:
 
 
 def _ours(folder: pathlib.Path, steps: int) -> list[dict]:
-    _run([
-        sys.executable, "examples/train_gpt_grpo.py", "--config-name=kk_cpu", "trainer.devices=1",
-        "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1", f"trainer.grpo.max_steps={steps}",
-        "trainer.grpo.inference_backend.reshard=false", "trainer.grpo.save_interval=0",
-        "trainer.grpo.val_check_interval=0", "trainer.grpo.run_validation_step_0=false",
-        "trainer.grpo.curriculum.sources.name=proportional", f"model.data.train_files=[{folder / 'train.parquet'}]",
-        "model.data.validation_files=[]", f"exp_manager.explicit_log_dir={folder / 'run'}",
-    ])  # fmt: skip
+    _run(
+        [
+            sys.executable,
+            "examples/train_gpt_grpo.py",
+            "--config-name=kk_cpu",
+            "trainer.devices=1",
+            "model.tensor_model_parallel_size=1",
+            "model.pipeline_model_parallel_size=1",
+            f"trainer.grpo.max_steps={steps}",
+            "trainer.grpo.inference_backend.reshard=false",
+            "trainer.grpo.save_interval=0",
+            "trainer.grpo.val_check_interval=0",
+            "trainer.grpo.run_validation_step_0=false",
+            "trainer.grpo.curriculum.sources.name=proportional",
+            f"model.data.train_files=[{folder / 'train.parquet'}]",
+            "model.data.validation_files=[]",
+            f"exp_manager.explicit_log_dir={folder / 'run'}",
+        ]
+    )
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 

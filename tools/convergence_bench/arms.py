@@ -35,7 +35,11 @@ def all_arms(schedule_steps: int) -> dict[str, Arm]:
         ("robust_per_token_soft", "the same per token, at temperature 0.15, not 0.05", PER_TOKEN, {}),
         ("cures", "CurES's prompts and budget, sources alike", "{name: uniform}", CURES),
         ("dump+cures+neyman", "DUMP as published, CurES's prompts and budget", "{name: dump_ucb}", CURES),
-        ("dump+filter", "DUMP, groups that teach nothing replaced", "{name: dump_ucb}",
-         {"filter": "{name: zero_variance}"}),
-    )  # fmt: skip
+        (
+            "dump+filter",
+            "DUMP, groups that teach nothing replaced",
+            "{name: dump_ucb}",
+            {"filter": "{name: zero_variance}"},
+        ),
+    )
     return {name: Arm(name, what, {"sources": sources, **LEVELS, **rest}) for name, what, sources, rest in arms}

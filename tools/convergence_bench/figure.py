@@ -64,9 +64,12 @@ def _tokens(axes: Axes, results: Results) -> None:
         axes.plot(min(spent.value, budget), row, marker, color=colour(results, arm), markersize=8)
     axes.axvline(results.spent[BASELINE]["tokens"].value, color="#555555", linestyle=":", linewidth=1)
     axes.set(
-        title=f"Tokens to {BASELINE}'s last accuracy", xlabel="▸: not within the budget", xlim=(0, budget * 1.05),
-        yticks=range(len(results.arms)), yticklabels=list(reversed(results.arms)),
-    )  # fmt: skip
+        title=f"Tokens to {BASELINE}'s last accuracy",
+        xlabel="▸: not within the budget",
+        xlim=(0, budget * 1.05),
+        yticks=range(len(results.arms)),
+        yticklabels=list(reversed(results.arms)),
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.grid(axis="y", visible=False)
 

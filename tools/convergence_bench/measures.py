@@ -45,10 +45,12 @@ def read(folder: Path, seed: int) -> Measured:
 
 def curves(runs: Sequence[Measured], grid: np.ndarray) -> np.ndarray:
     """float64 [runs, places, K]: accuracy at each number of tokens, interpolated between validations."""
-    return np.array([
-        np.stack([np.interp(grid, run.tokens, run.accuracy[:, k]) for k in range(len(run.sources))], axis=1)
-        for run in runs
-    ])  # fmt: skip
+    return np.array(
+        [
+            np.stack([np.interp(grid, run.tokens, run.accuracy[:, k]) for k in range(len(run.sources))], axis=1)
+            for run in runs
+        ]
+    )
 
 
 def rising(values: np.ndarray) -> np.ndarray:

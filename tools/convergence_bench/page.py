@@ -19,33 +19,43 @@ from convergence_bench.results import Results
 
 def write(results: Results, arms: Mapping[str, Arm], command: str, picture: str, note: str) -> str:
     """The page. picture: the figure's path from the page's folder; note: what the runs share, in a sentence."""
-    return "\n\n".join([
-        "# Curricula at equal generated tokens",
-        f"{note} Seeds: {_listed(results.seeds)}.",
-        f"```\n{command}\n```",
-        f"{machine()}. Every figure is a mean over seeds ± the half width of its 95 % interval (Student's t), or "
-        "has its bootstrap interval over seeds [in brackets], the same seeds drawn for all arms. Tokens: all that were "
-        "generated, rejected groups, refills and pre-rollouts included.",
-        f"![curves, tokens to {BASELINE}'s accuracy, sources at the end]({picture})",
-        f"## Tokens to {BASELINE}'s last accuracy",
-        "Where the mean curve over seeds, made non-decreasing by isotonic regression, first reaches the accuracy that "
-        f"`{BASELINE}`'s has at the end of the budget; *not reached* is counted as more than the budget.",
-        _spent(results, arms),
-        "## At the end of the budget",
-        f"Accuracy is sampled at temperature 1, {SAMPLES} samples a puzzle (one under way), the mean over the sources' "
-        f"validation puzzles; greedy beside it. Worst source: the one furthest behind `{BASELINE}`, and by how much.",
-        _ends(results),
-        _behind(results),
-        "## By source, at the end",
-        _sources(results),
-    ]) + "\n"  # fmt: skip
+    return (
+        "\n\n".join(
+            [
+                "# Curricula at equal generated tokens",
+                f"{note} Seeds: {_listed(results.seeds)}.",
+                f"```\n{command}\n```",
+                f"{machine()}. Every figure is a mean over seeds ± the half width of its 95 % interval (Student's t), "
+                "or has its bootstrap interval over seeds [in brackets], the same seeds drawn for all arms. Tokens: "
+                "all that were generated, rejected groups, refills and pre-rollouts included.",
+                f"![curves, tokens to {BASELINE}'s accuracy, sources at the end]({picture})",
+                f"## Tokens to {BASELINE}'s last accuracy",
+                "Where the mean curve over seeds, made non-decreasing by isotonic regression, first reaches the "
+                f"accuracy that `{BASELINE}`'s has at the end of the budget; *not reached* is counted as more than the "
+                "budget.",
+                _spent(results, arms),
+                "## At the end of the budget",
+                f"Accuracy is sampled at temperature 1, {SAMPLES} samples a puzzle (one under way), the mean over the "
+                "sources' validation puzzles; greedy beside it. Worst source: the one furthest behind "
+                f"`{BASELINE}`, and by how much.",
+                _ends(results),
+                _behind(results),
+                "## By source, at the end",
+                _sources(results),
+            ]
+        )
+        + "\n"
+    )
 
 
 def machine() -> str:
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=Path(__file__).parent, capture_output=True,
-        text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
     parts = (f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     return (
         f"Commit {commit or 'unknown'}, {os.cpu_count()} cores ({platform.machine()}), Python "
@@ -63,9 +73,9 @@ def _spent(results: Results, arms: Mapping[str, Arm]) -> str:
     rows = [("arm", "", "steps", "tokens", f"/ {BASELINE}", f"/ {PUBLISHED}")]
     for arm in results.arms:
         spent = results.spent[arm]
-        shares = (_bracketed(spent[other], ratio) if other in spent else "" for other in (BASELINE, PUBLISHED))
-        row = (f"`{arm}`", arms[arm].what, f"{results.steps[arm]:.0f}", _bracketed(spent["tokens"], count), *shares)
-        rows.append(row)
+        base, published = (_bracketed(spent[other], ratio) if other in spent else "" for other in (BASELINE, PUBLISHED))
+        tokens = _bracketed(spent["tokens"], count)
+        rows.append((f"`{arm}`", arms[arm].what, f"{results.steps[arm]:.0f}", tokens, base, published))
     return _table(rows)
 
 

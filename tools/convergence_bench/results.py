@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,13 +69,19 @@ def gather(runs: Mapping[str, Sequence[Measured]], budget: float) -> Results:
     accuracy = {arm: curves(some, grid) for arm, some in runs.items()}
     means = {arm: values.mean(axis=2) for arm, values in accuracy.items()}
     return Results(
-        list(runs), seeds, runs[BASELINE][0].sources, grid, accuracy,
+        list(runs),
+        seeds,
+        runs[BASELINE][0].sources,
+        grid,
+        accuracy,
         {arm: np.stack([run.greedy for run in some]) for arm, some in runs.items()},
         spent_to_baseline(means, grid, BASELINE, PUBLISHED),
         {arm: float(np.mean([run.steps for run in some])) for arm, some in runs.items()},
-    )  # fmt: skip
+    )
 
 
 def _paired(seeds: Sequence[int], first: np.ndarray, second: np.ndarray) -> Interval:
-    pairs = (dict(zip(seeds, values.tolist(), strict=True)) for values in (first, second))
+    pairs: Iterator[dict[object, float]] = (
+        dict(zip(seeds, values.tolist(), strict=True)) for values in (first, second)
+    )
     return difference(*pairs)[0] if len(seeds) > 1 else Interval(float(second[0] - first[0]), math.nan, 1)

@@ -26,10 +26,15 @@ from megatron_dump.types import Draw, Outcomes
 LOGGED = "dump_ucb"  # also measured with its log, as in a run
 PUBLISHED = "published sampler's way"
 WORLD = Scenario(
-    "cost", "", names=tuple(f"source_{k:04d}" for k in range(1000)), sizes=(1000,) * 1000,
-    difficulties=tuple(np.linspace(-2.0, 5.0, 1000).tolist()), transfer=0.3, learning_rate=200.0,
+    "cost",
+    "",
+    names=tuple(f"source_{k:04d}" for k in range(1000)),
+    sizes=(1000,) * 1000,
+    difficulties=tuple(np.linspace(-2.0, 5.0, 1000).tolist()),
+    transfer=0.3,
+    learning_rate=200.0,
     prompts_per_step=1024,
-)  # fmt: skip
+)
 SMALL = dataclasses.replace(
     WORLD, names=WORLD.names[:50], sizes=(100,) * 50, difficulties=WORLD.difficulties[:50], prompts_per_step=64
 )
@@ -164,6 +169,13 @@ def grid(quick: bool, only: Sequence[str]) -> Grid:
         f"{scenario.prompts_per_step:,} prompts x {scenario.samples_per_prompt} rollouts for {ranks:,} data-parallel "
         f"ranks ({GOAL})"
     )
-    columns = ["policy", "steps", "start, s", "draw, ms: median / worst", f"a rank's share of {ranks}, ms",
-               "observe, ms", "metrics for the log, ms"]  # fmt: skip
+    columns = [
+        "policy",
+        "steps",
+        "start, s",
+        "draw, ms: median / worst",
+        f"a rank's share of {ranks}, ms",
+        "observe, ms",
+        "metrics for the log, ms",
+    ]
     return Grid(title, columns, rows)

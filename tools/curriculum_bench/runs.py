@@ -88,13 +88,16 @@ def run(job: Job) -> Result:
     samples = samples_to_target(history)
     counted = scenario.counted
     return Result(
-        job.label, job.scenario, job.seed, budget,
+        job.label,
+        job.scenario,
+        job.seed,
+        budget,
         samples=samples if samples <= budget else float("inf"),
         final=float(history.success()[-1]),
         worst=float(history.pass_rates[-1][counted].min()),
         wasted=float(history.draws[:, ~counted].sum() / history.draws.sum()),
         imbalance=_imbalance(history),
-    )  # fmt: skip
+    )
 
 
 def _imbalance(history: History) -> float:
@@ -109,8 +112,13 @@ def run_all(jobs: Iterable[Job], processes: int, what: str) -> list[Result]:
     # The long ones first, so that no process is left alone with one at the end.
     order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps * SCENARIOS[jobs[i].scenario].batch)
     results: list[Result | None] = [None] * len(jobs)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
         multiprocessing.get_context("spawn").Pool(processes) as pool,

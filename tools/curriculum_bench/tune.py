@@ -119,9 +119,10 @@ def _best(results: Sequence[Result], known: dict[str, dict[str, Any]]) -> str | 
     fit = {
         label: float(np.mean(score))
         for label, score in scores(results).items()
-        if label not in REFERENCES and even.get(label, np.inf) <= MOST_IMBALANCE
+        if label not in REFERENCES
+        and even.get(label, np.inf) <= MOST_IMBALANCE
         and known[label]["epsilon"] >= LEAST_EPSILON
-    }  # fmt: skip
+    }
     return min(fit, key=fit.__getitem__) if fit else None
 
 

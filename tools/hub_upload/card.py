@@ -33,8 +33,12 @@ def model_card(
     config_file = run / "config.yaml" if run else None
     if run is not None and not run.is_dir():
         raise FileNotFoundError(f"--run {run}: no such folder")
-    metadata = {"license": licence, "library_name": "transformers", "pipeline_tag": "text-generation",
-                "tags": ["grpo", "curriculum", "megatron-dump"]}  # fmt: skip
+    metadata = {
+        "license": licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "curriculum", "megatron-dump"],
+    }
     if base_model:
         metadata["base_model"] = base_model
     architecture = _read_json(model / "config.json").get("architectures") or ["unknown"]
@@ -60,8 +64,11 @@ def _difference(config_file: pathlib.Path) -> str:
     """
     defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Config)))
     given = _flat(OmegaConf.to_container(OmegaConf.load(config_file), resolve=False))
-    different = {key: _nameless(value) for key, value in given.items()
-                 if defaults.get(key, "???") != value and not key.startswith(_LEFT_OUT)}  # fmt: skip
+    different = {
+        key: _nameless(value)
+        for key, value in given.items()
+        if defaults.get(key, "???") != value and not key.startswith(_LEFT_OUT)
+    }
     return yaml.safe_dump(different, allow_unicode=True, width=110) if different else "# nothing\n"
 
 

@@ -41,18 +41,29 @@ def calibrate(out: pathlib.Path, steps: Sequence[Measured]) -> tuple[Constants, 
     machine, cuda = collectives[0]["machine"], collectives[0]["machine"]["cuda"]
     copy = min(found["copy_bytes_per_s"] for found in collectives)
     constants = Constants(
-        name=f"measured: {machine['device']}", ranks_per_node=max(c["ranks"] // c["nodes"] for c in collectives),
-        cores_per_node=None if cuda else machine["cores"], memory_bytes=None,
-        train_flops=_FREE, train_layer_s=0.0, forward_flops=_FREE, forward_layer_s=0.0, decode_flops=_FREE,
-        decode_layer_s=0.0, memory_bytes_per_s=copy, host_bytes_per_s=copy,
+        name=f"measured: {machine['device']}",
+        ranks_per_node=max(c["ranks"] // c["nodes"] for c in collectives),
+        cores_per_node=None if cuda else machine["cores"],
+        memory_bytes=None,
+        train_flops=_FREE,
+        train_layer_s=0.0,
+        forward_flops=_FREE,
+        forward_layer_s=0.0,
+        decode_flops=_FREE,
+        decode_layer_s=0.0,
+        memory_bytes_per_s=copy,
+        host_bytes_per_s=copy,
         reward_s=statistics.median(s["reward"] / _rollouts(m) for m in alone for s in m.seconds),
         other_s=statistics.median(s["other"] for m in alone for s in m.seconds),
-        links=links, measured_ranks=max(c["ranks"] for c in collectives),
+        links=links,
+        measured_ranks=max(c["ranks"] for c in collectives),
         measured_nodes=max(c["nodes"] for c in collectives),
-        sources={"links": f"measured: {sum(len(c['rows']) for c in collectives)} collectives",
-                 "memory_bytes_per_s, host_bytes_per_s": "measured: a copy of memory, all ranks at once",
-                 "all others": f"measured: steps of one rank, {', '.join(m.name for m in alone)}"},
-    )  # fmt: skip
+        sources={
+            "links": f"measured: {sum(len(c['rows']) for c in collectives)} collectives",
+            "memory_bytes_per_s, host_bytes_per_s": "measured: a copy of memory, all ranks at once",
+            "all others": f"measured: steps of one rank, {', '.join(m.name for m in alone)}",
+        },
+    )
     for part, (phase, _) in _PARTS.items():
         if phase == "ref" and all(m.median("ref") < _UNUSED_S for m in alone):
             constants = dataclasses.replace(constants, forward_flops=constants.train_flops)

@@ -25,10 +25,16 @@ def seconds(measured: Sequence[Measured], machine: Constants) -> list[dict[str, 
             shown[phase] = {"predicted": statistics.median(p[phase] for p in predicted), "measured": m.median(phase)}
         total = statistics.median(sum(p.values()) for p in predicted)
         shown["step"] = {"predicted": total, "measured": m.median("step")}
-        rows.append({
-            "name": m.name, "mode": m.mode, "ranks": m.ranks, "fitted": m.ranks == 1, "phases": shown,
-            "ratio": total / m.median("step"),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": m.name,
+                "mode": m.mode,
+                "ranks": m.ranks,
+                "fitted": m.ranks == 1,
+                "phases": shown,
+                "ratio": total / m.median("step"),
+            }
+        )
     return rows
 
 
@@ -40,14 +46,25 @@ def bytes_held(measured: Sequence[Measured], machine: Constants) -> list[dict[st
         run = runs(m, machine)[0]
         config = run.work.config
         predicted = [
-            list(dataclasses.astuple(memory.held(
-                run.shape, stage, rank, size, run.work.element, config.model.use_distributed_optimizer,
-                config.model.overlap_grad_reduce, config.trainer.grpo.initial_policy_kl_penalty > 0,
-            )))
+            list(
+                dataclasses.astuple(
+                    memory.held(
+                        run.shape,
+                        stage,
+                        rank,
+                        size,
+                        run.work.element,
+                        config.model.use_distributed_optimizer,
+                        config.model.overlap_grad_reduce,
+                        config.trainer.grpo.initial_policy_kl_penalty > 0,
+                    )
+                )
+            )
             for stage, rank, size in m.places
-        ]  # fmt: skip
+        ]
         for i, part in enumerate(real.PARTS):
             ours, theirs = [p[i] for p in predicted], [h[i] for h in m.held]
-            rows.append({"name": m.name, "part": part, "predicted": sum(ours), "measured": sum(theirs),
-                         "exact": ours == theirs})  # fmt: skip
+            rows.append(
+                {"name": m.name, "part": part, "predicted": sum(ours), "measured": sum(theirs), "exact": ours == theirs}
+            )
     return rows

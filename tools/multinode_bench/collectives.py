@@ -63,8 +63,11 @@ def fitted(rows: list[dict[str, Any]], group: str, operation: str) -> dict[str, 
     alpha, beta = found.coefficients
     return {
         **{key: mine[0][key] for key in ("group", "operation", "ranks", "nodes")},
-        "alpha_s": alpha, "beta_s_per_byte": beta, "rms_error": found.error, "largest_error": found.worst,
-    }  # fmt: skip
+        "alpha_s": alpha,
+        "beta_s_per_byte": beta,
+        "rms_error": found.error,
+        "largest_error": found.worst,
+    }
 
 
 def _hosts(grid: Parallel) -> list[str]:

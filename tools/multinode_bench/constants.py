@@ -46,9 +46,17 @@ class Constants:
 
 
 _NUMBERS = (
-    "train_flops", "train_layer_s", "forward_flops", "forward_layer_s", "decode_flops", "decode_layer_s",
-    "memory_bytes_per_s", "host_bytes_per_s", "reward_s", "other_s",
-)  # fmt: skip
+    "train_flops",
+    "train_layer_s",
+    "forward_flops",
+    "forward_layer_s",
+    "decode_flops",
+    "decode_layer_s",
+    "memory_bytes_per_s",
+    "host_bytes_per_s",
+    "reward_s",
+    "other_s",
+)
 
 
 def read_constants(path: pathlib.Path) -> Constants:

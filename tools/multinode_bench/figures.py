@@ -61,8 +61,15 @@ def draw_check(rows: Sequence[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     names = (*PHASES, "other")
     for offset, kind in ((-0.2, "predicted"), (0.2, "measured")):
-        _stack(axes, [r["name"] for r in rows], [{p: r["phases"][p][kind] for p in names} for r in rows], offset, 0.36,
-               hatch="//" if kind == "predicted" else None, legend=offset > 0)  # fmt: skip
+        _stack(
+            axes,
+            [r["name"] for r in rows],
+            [{p: r["phases"][p][kind] for p in names} for r in rows],
+            offset,
+            0.36,
+            hatch="//" if kind == "predicted" else None,
+            legend=offset > 0,
+        )
     axes.set_title("Seconds a step: predicted (hatched) and measured")
     axes.tick_params(axis="x", rotation=30, labelsize=8)
     return figure
@@ -97,8 +104,15 @@ def draw_simulation(about: dict[str, Any]) -> Figure:
     return figure
 
 
-def _stack(axes: Axes, names: Sequence[str], rows: Sequence[dict[str, float]], offset: float = 0.0,
-           width: float = 0.7, hatch: str | None = None, legend: bool = True) -> None:  # fmt: skip
+def _stack(
+    axes: Axes,
+    names: Sequence[str],
+    rows: Sequence[dict[str, float]],
+    offset: float = 0.0,
+    width: float = 0.7,
+    hatch: str | None = None,
+    legend: bool = True,
+) -> None:
     """Bars of parts on each other."""
     places, bottom = np.arange(len(names)), np.zeros(len(names))
     for i, part in enumerate(rows[0] if rows else ()):

@@ -45,8 +45,9 @@ def generation(run: Run, split: str) -> Cost:
     prompts = width.groups * lengths.prompt * layers * shape.mean_flops(lengths.prompt / 2)
     prefill = prompts / (width.tensor * machine.forward_flops)
     flops = tokens * (layers * shape.mean_flops(seen) + shape.head_flops())
-    kept = kv_cache(shape, width.rollouts, width.groups, lengths.prompt, lengths.response / 2, width.tensor, layers,
-                    element)  # fmt: skip
+    kept = kv_cache(
+        shape, width.rollouts, width.groups, lengths.prompt, lengths.response / 2, width.tensor, layers, element
+    )
     read = positions * element * shape.whole_numel() / width.tensor + lengths.response * kept
     decode = max(flops / (width.tensor * machine.decode_flops), read / machine.memory_bytes_per_s)
     compute = crowding * (prefill + decode + positions * layers * machine.decode_layer_s)

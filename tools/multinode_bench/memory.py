@@ -109,9 +109,14 @@ def layer_activations(shape: Shape, tokens: float, element: int, layer: int = 0)
     width = shape.arch.hf.intermediate_size
     if experts is not None and experts.sparse[layer]:
         width = experts.per_token * experts.intermediate_size + (experts.shared_intermediate_size or 0)
-    return tokens / layout.context * element * _layer_elements(
-        shape.arch.hf.hidden_size, shape.attention_width, shape.kv_width, 3 * width, layout.tensor, layout.sequence
-    )  # fmt: skip
+    return (
+        tokens
+        / layout.context
+        * element
+        * _layer_elements(
+            shape.arch.hf.hidden_size, shape.attention_width, shape.kv_width, 3 * width, layout.tensor, layout.sequence
+        )
+    )
 
 
 def _layer_elements(hidden: int, attention: int, kv: int, feed_forward: int, tensor: int, sequence: bool) -> float:
@@ -147,7 +152,8 @@ def activations(shape: Shape, tokens: float, sampled: float, micros: int, elemen
     return body + head
 
 
-def kv_cache(shape: Shape, rows: float, groups: float, prompt: float, response: float, tensor: int, layers: int,
-             element: int) -> float:  # fmt: skip
+def kv_cache(
+    shape: Shape, rows: float, groups: float, prompt: float, response: float, tensor: int, layers: int, element: int
+) -> float:
     """Bytes of keys and values when `rows` completions of `response` tokens stand behind the prompts of `groups`."""
     return 2 * shape.kv_width / tensor * layers * element * (groups * prompt + rows * response)

@@ -45,8 +45,11 @@ def measure_step(options: argparse.Namespace) -> None:
 
 def measure_scaling(options: argparse.Namespace) -> None:
     """Layouts that --out has already are not run again; one rank, with other sizes too, for the constants."""
-    plan = [(f"{layout.name}-{mode}", mode, layout.ranks, scaling.arguments_of(layout, mode, options.given))
-            for mode in options.modes for layout in options.layouts]  # fmt: skip
+    plan = [
+        (f"{layout.name}-{mode}", mode, layout.ranks, scaling.arguments_of(layout, mode, options.given))
+        for mode in options.modes
+        for layout in options.layouts
+    ]
     if any(layout.ranks == 1 for layout in options.layouts):
         plan += [(name, "calibration", 1, arguments) for name, arguments in _calibration(options.given)]
     for name, mode, ranks, arguments in each(plan, "layouts"):
@@ -65,8 +68,10 @@ def _calibration(given: list[str]) -> list[tuple[str, list[str]]]:
     alone = scaling.arguments_of(scaling.parse_layout("1"), "strong", given)
     config = steps.read_arguments(alone)
     grpo, model = config.trainer.grpo, config.model
-    half = [f"trainer.grpo.num_prompts_per_grpo_step={max(1, grpo.num_prompts_per_grpo_step // 2)}",
-            f"model.global_batch_size={max(1, model.global_batch_size // 2)}"]  # fmt: skip
+    half = [
+        f"trainer.grpo.num_prompts_per_grpo_step={max(1, grpo.num_prompts_per_grpo_step // 2)}",
+        f"model.global_batch_size={max(1, model.global_batch_size // 2)}",
+    ]
     small = [f"model.micro_batch_size={max(1, model.micro_batch_size // 4)}"]
     return [("1-half", [*alone, *half]), ("1-small-micro-batches", [*alone, *small])]
 
@@ -83,10 +88,15 @@ def run_simulation(options: argparse.Namespace) -> None:
     lengths = Lengths(options.prompt_tokens, options.response_tokens, longest)
     rows = simulate.scale(config, options.gpus, lengths, constants, weak=not options.strong)
     about = {
-        "constants": constants.name, "sources": constants.sources, "mode": "strong" if options.strong else "weak",
-        "arguments": options.given, "lengths": dataclasses.asdict(lengths), "memory_bytes": constants.memory_bytes,
-        "measured_ranks": constants.measured_ranks, "rows": rows,
-    }  # fmt: skip
+        "constants": constants.name,
+        "sources": constants.sources,
+        "mode": "strong" if options.strong else "weak",
+        "arguments": options.given,
+        "lengths": dataclasses.asdict(lengths),
+        "memory_bytes": constants.memory_bytes,
+        "measured_ranks": constants.measured_ranks,
+        "rows": rows,
+    }
     write_json(options.out / "simulation.json", about)
     print(tables.simulation(about).text())
     print(tables.extrapolated(about))

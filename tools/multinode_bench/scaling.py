@@ -15,9 +15,12 @@ from multinode_bench.steps import Measured, read_arguments
 
 LIMIT_S = 600  # of one layout's run
 _KEYS = {
-    "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "CP": "context_parallel_size",
-    "VPP": "virtual_pipeline_model_parallel_size", "EP": "expert_model_parallel_size",
-}  # fmt: skip
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,20 @@ def launch(name: str, mode: str, ranks: int, arguments: Sequence[str], steps: in
     """One run under torchrun on this machine. RuntimeError with the end of what it said if it fails."""
     tool = pathlib.Path(__file__).resolve().parents[1] / "benchmark_multinode.py"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(tool), "step",
-        f"--name={name}", f"--mode={mode}", f"--steps={steps}", f"--out={out}", "--", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        str(tool),
+        "step",
+        f"--name={name}",
+        f"--mode={mode}",
+        f"--steps={steps}",
+        f"--out={out}",
+        "--",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
@@ -82,14 +96,16 @@ def efficiencies(measured: Sequence[Measured], mode: str) -> list[dict[str, Any]
     found = []
     for m in rows:
         ratio = rows[0].median("step") / m.median("step")
-        found.append({
-            "name": m.name,
-            "ranks": m.ranks,
-            "prompts": m.prompts,
-            "step_s": m.median("step"),
-            "efficiency": ratio * rows[0].ranks / m.ranks if mode == "strong" else ratio,
-            "tokens_per_s_per_rank": _rate(m),
-        })  # fmt: skip
+        found.append(
+            {
+                "name": m.name,
+                "ranks": m.ranks,
+                "prompts": m.prompts,
+                "step_s": m.median("step"),
+                "efficiency": ratio * rows[0].ranks / m.ranks if mode == "strong" else ratio,
+                "tokens_per_s_per_rank": _rate(m),
+            }
+        )
     return found
 
 

@@ -68,10 +68,18 @@ def rank_memory(run: Run) -> Memory:
     model, layout, work = run.work.config.model, run.layout, run.work
     sharing = run.replicas * layout.context
     found = [
-        memory.held(run.shape, stage, 0, sharing, work.element, model.use_distributed_optimizer,
-                    model.overlap_grad_reduce, reference=False)
+        memory.held(
+            run.shape,
+            stage,
+            0,
+            sharing,
+            work.element,
+            model.use_distributed_optimizer,
+            model.overlap_grad_reduce,
+            reference=False,
+        )
         for stage in {0, layout.pipeline - 1}
-    ]  # fmt: skip
+    ]
     most = max(found, key=lambda own: own.device)
     micros = work.micros(run.replicas)
     kept = memory.activations(run.shape, micros.tokens, micros.sampled, micros.count, work.element, model)

@@ -27,9 +27,12 @@ PHASES = ("gen", "reward", "old_log_prob", "ref", "update_actor")  # of timing_s
 _SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "examples/train_gpt_grpo.py"
 # Nothing but steps; a policy that stays as it is does the same work in every step and every layout.
 OVERRIDES = (
-    "trainer.grpo.val_check_interval=0", "trainer.grpo.save_interval=0", "model.data.validation_files=[]",
-    "model.optim.lr=0", "trainer.grpo.curriculum.sources={name: uniform}",
-)  # fmt: skip
+    "trainer.grpo.val_check_interval=0",
+    "trainer.grpo.save_interval=0",
+    "model.data.validation_files=[]",
+    "model.optim.lr=0",
+    "trainer.grpo.curriculum.sources={name: uniform}",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,10 @@ class Table:
     def text(self) -> str:
         lines = [self.columns, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        cells = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-                 for line in lines]  # fmt: skip
+        cells = [
+            [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            for line in lines
+        ]
         return "\n".join([f"\n{self.title}", *("  ".join(line) for line in cells)])
 
     def html(self) -> str:
@@ -33,31 +35,50 @@ class Table:
 
 def collectives(fits: Sequence[dict[str, Any]]) -> Table:
     rows = [
-        (f"{f['group']}, {f['ranks']} ranks, {f['nodes']} node{'s' * (f['nodes'] > 1)}", f["operation"],
-         f"{1e6 * f['alpha_s']:.1f}", f"{1e9 * f['beta_s_per_byte']:.3f}", _rate(f["beta_s_per_byte"]),
-         f"{f['rms_error']:.0%}", f"{f['largest_error']:.0%}")
+        (
+            f"{f['group']}, {f['ranks']} ranks, {f['nodes']} node{'s' * (f['nodes'] > 1)}",
+            f["operation"],
+            f"{1e6 * f['alpha_s']:.1f}",
+            f"{1e9 * f['beta_s_per_byte']:.3f}",
+            _rate(f["beta_s_per_byte"]),
+            f"{f['rms_error']:.0%}",
+            f"{f['largest_error']:.0%}",
+        )
         for f in fits
-    ]  # fmt: skip
+    ]
     columns = ("group", "operation", "alpha, µs", "beta, ns/byte", "1/beta, GB/s", "error, rms", "largest")
     return Table("seconds = alpha + beta × bytes", columns, rows)
 
 
 def bandwidths(found: dict[str, Any]) -> Table:
     rows = [
-        (f"{r['group']}, {r['ranks']} ranks", r["operation"], size(r["bytes"]), f"{1e3 * r['seconds']:.3f}",
-         f"{1e3 * r['fastest']:.3f} – {1e3 * r['slowest']:.3f}", f"{r['algbw'] / 1e9:.3f}", f"{r['busbw'] / 1e9:.3f}")
+        (
+            f"{r['group']}, {r['ranks']} ranks",
+            r["operation"],
+            size(r["bytes"]),
+            f"{1e3 * r['seconds']:.3f}",
+            f"{1e3 * r['fastest']:.3f} – {1e3 * r['slowest']:.3f}",
+            f"{r['algbw'] / 1e9:.3f}",
+            f"{r['busbw'] / 1e9:.3f}",
+        )
         for r in found["rows"]
-    ]  # fmt: skip
+    ]
     columns = ("group", "operation", "bytes", "median, ms", "range", "algbw, GB/s", "busbw, GB/s")
     return Table(f"Collectives, {found['name']} ({found['backend']})", columns, rows)
 
 
 def scaling(mode: str, found: Sequence[dict[str, Any]]) -> Table:
     rows = [
-        (r["name"], str(r["ranks"]), str(r["prompts"]), f"{r['step_s']:.2f}", f"{r['tokens_per_s_per_rank']:,.0f}",
-         f"{r['efficiency']:.0%}")
+        (
+            r["name"],
+            str(r["ranks"]),
+            str(r["prompts"]),
+            f"{r['step_s']:.2f}",
+            f"{r['tokens_per_s_per_rank']:,.0f}",
+            f"{r['efficiency']:.0%}",
+        )
         for r in found
-    ]  # fmt: skip
+    ]
     what = "rollouts a rank stay the same" if mode == "weak" else "rollouts in all stay the same"
     columns = ("layout", "ranks", "prompts", "step, s", "tokens/s a rank", "efficiency")
     return Table(f"{mode.capitalize()} scaling: {what}", columns, rows)
@@ -73,12 +94,28 @@ def simulation(about: dict[str, Any]) -> Table:
     rows = []
     for r in about["rows"]:
         memory = f"{r['memory']['peak'] / 1e9:.1f}" + ("" if r["fits"] else " (too much)")
-        rows.append((
-            str(r["ranks"]), str(r["nodes"]), str(r["prompts"]), f"{r['step_s']:.1f}",
-            f"{r['tokens_per_s_per_rank']:,.0f}", f"{r['bubble_of_update']:.1%}", f"{r['communication']:.1%}", memory,
-        ))  # fmt: skip
-    columns = ("ranks", "nodes", "prompts", "step, s", "tokens/s a rank", "bubble of the update", "communication",
-               "memory, GB")  # fmt: skip
+        rows.append(
+            (
+                str(r["ranks"]),
+                str(r["nodes"]),
+                str(r["prompts"]),
+                f"{r['step_s']:.1f}",
+                f"{r['tokens_per_s_per_rank']:,.0f}",
+                f"{r['bubble_of_update']:.1%}",
+                f"{r['communication']:.1%}",
+                memory,
+            )
+        )
+    columns = (
+        "ranks",
+        "nodes",
+        "prompts",
+        "step, s",
+        "tokens/s a rank",
+        "bubble of the update",
+        "communication",
+        "memory, GB",
+    )
     return Table(f"Predicted, {about['mode']} scaling; {about['constants']}", columns, rows)
 
 

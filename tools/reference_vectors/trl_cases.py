@@ -38,13 +38,22 @@ def from_trainer(trainer_type: type, config_type: type, name: str, **options: An
     seen: list[torch.Tensor] = []
     with tempfile.TemporaryDirectory() as folder:
         config = config_type(
-            output_dir=folder, use_cpu=True, bf16=False, report_to=[], num_generations=GROUP_SIZE,
-            per_device_train_batch_size=GROUPS * GROUP_SIZE, max_completion_length=5, **options,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            num_generations=GROUP_SIZE,
+            per_device_train_batch_size=GROUPS * GROUP_SIZE,
+            max_completion_length=5,
+            **options,
+        )
         trainer = trainer_type(
-            model=tiny_model(folder), reward_funcs=lambda completions, **_: rewards, args=config,
-            train_dataset=Dataset.from_list(prompts), processing_class=tokenizer(),
-        )  # fmt: skip
+            model=tiny_model(folder),
+            reward_funcs=lambda completions, **_: rewards,
+            args=config,
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=tokenizer(),
+        )
         with torch.no_grad():
             for parameter in trainer.model.parameters():  # away from the reference
                 parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -58,9 +67,11 @@ def from_trainer(trainer_type: type, config_type: type, name: str, **options: An
         trainer._get_per_token_logps_and_entropies = recorded
         output = trainer._generate_and_score_completions([p for p in prompts for _ in range(GROUP_SIZE)])
     case = {
-        "name": name, "rewards": rewards, "groups": [g for g in range(GROUPS) for _ in range(GROUP_SIZE)],
+        "name": name,
+        "rewards": rewards,
+        "groups": [g for g in range(GROUPS) for _ in range(GROUP_SIZE)],
         "advantages": output["advantages"].tolist(),
-    }  # fmt: skip
+    }
     if options["beta"]:
         policy, reference = seen
         mask = output["completion_mask"].tolist()
@@ -71,10 +82,18 @@ def from_trainer(trainer_type: type, config_type: type, name: str, **options: An
 def tiny_model(folder: str) -> str:
     """The path of a random one: the trainers load their reference from there."""
     config = Qwen2Config(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, bos_token_id=None, pad_token_id=1,
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -116,21 +135,37 @@ def compute_loss(
     args = types.SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1)
     trainer = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (batch["logprobs"], batch["entropy"], None),
-        args=args, model=torch.nn.Identity(), accelerator=Accelerator(cpu=True), _metrics=collections.defaultdict(
-            lambda: collections.defaultdict(list)),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=level, beta=beta, loss_type=loss_type, epsilon_low=EPS_LOW,
-        epsilon_high=1 + EPS_HIGH if loss_type == "cispo" else EPS_HIGH, use_vllm=cap is not None,
-        vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1,
-        max_completion_length=MAX_LENGTH, _entropy_bonus_enabled=entropy_coef > 0, entropy_coef=entropy_coef,
+        args=args,
+        model=torch.nn.Identity(),
+        accelerator=Accelerator(cpu=True),
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=level,
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=EPS_LOW,
+        epsilon_high=1 + EPS_HIGH if loss_type == "cispo" else EPS_HIGH,
+        use_vllm=cap is not None,
+        vllm_importance_sampling_correction=True,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=MAX_LENGTH,
+        _entropy_bonus_enabled=entropy_coef > 0,
+        entropy_coef=entropy_coef,
         use_adaptive_entropy=False,
-    )  # fmt: skip
+    )
     ids = torch.zeros_like(mask, dtype=torch.long)
     inputs = {
-        "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask,
-        "advantages": batch["advantages"], "old_per_token_logps": batch["old_logprobs"],
-        "ref_per_token_logps": batch["ref_logprobs"], "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": ids,
+        "prompt_mask": ids,
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": batch["advantages"],
+        "old_per_token_logps": batch["old_logprobs"],
+        "ref_per_token_logps": batch["ref_logprobs"],
+        "num_items_in_batch": mask.sum(),
+    }
     if cap is not None:
         inputs["importance_sampling_ratio"] = torch.exp(batch["old_logprobs"] - batch["rollout_logprobs"]).clamp(
             max=cap
@@ -138,7 +173,13 @@ def compute_loss(
     told = GRPOTrainer._compute_loss(trainer, None, inputs)
     metrics = {key: values[-1] for key, values in trainer._metrics["train"].items() if "region_mean" in key}
     options = {
-        "loss_type": loss_type, "importance_sampling_level": level, "epsilon_low": trainer.epsilon_low,
-        "epsilon_high": trainer.epsilon_high, "beta": beta, "delta": delta, "cap": cap, "entropy_coef": entropy_coef,
-    }  # fmt: skip
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "epsilon_low": trainer.epsilon_low,
+        "epsilon_high": trainer.epsilon_high,
+        "beta": beta,
+        "delta": delta,
+        "cap": cap,
+        "entropy_coef": entropy_coef,
+    }
     return {"batch": name, "max_length": MAX_LENGTH, "options": options, **result(told, batch, **metrics)}

@@ -69,19 +69,27 @@ def policy_loss(
     batch = tensors(name)
     shared = {"loss_scale_factor": MAX_LENGTH} if aggregation == "seq-mean-token-sum-norm" else {}
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=EPS_LOW, clip_ratio_high=EPS_HIGH,
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=EPS_LOW,
+        clip_ratio_high=EPS_HIGH,
         clip_ratio_c=clip_c or NO_DUAL_CLIP,
-    )  # fmt: skip
+    )
     config.global_batch_info.update(shared)
     weights, correction = None, {}
     if threshold is not None:
         log_ratio = batch["old_logprobs"] - batch["rollout_logprobs"]
         weights, correction = compute_rollout_correction_weights(log_ratio, batch["mask"], "token", threshold)
     told, metrics = core_algos.get_policy_loss_fn(mode)(
-        old_log_prob=batch["old_logprobs"], log_prob=batch["logprobs"],
-        advantages=batch["advantages"][:, None].expand_as(batch["mask"]), response_mask=batch["mask"],
-        loss_agg_mode=aggregation, config=config, rollout_is_weights=weights,
-    )  # fmt: skip
+        old_log_prob=batch["old_logprobs"],
+        log_prob=batch["logprobs"],
+        advantages=batch["advantages"][:, None].expand_as(batch["mask"]),
+        response_mask=batch["mask"],
+        loss_agg_mode=aggregation,
+        config=config,
+        rollout_is_weights=weights,
+    )
     kept = {k: metrics[f"actor/{k}"] for k in ("pg_clipfrac", "pg_clipfrac_lower")}
     kept |= {k: correction[k] for k in ("rollout_is_mean", "rollout_is_ratio_fraction_high") if correction}
     if kl is not None:
@@ -90,10 +98,15 @@ def policy_loss(
     if entropy:
         told = told - entropy * core_algos.agg_loss(batch["entropy"], batch["mask"], aggregation, **shared)
     options = {
-        "loss_mode": mode, "loss_agg_mode": aggregation, "ratio_eps_low": EPS_LOW, "ratio_eps_high": EPS_HIGH,
-        "ratio_clip_c": clip_c, "importance_sampling_cap": threshold, "entropy_bonus": entropy,
+        "loss_mode": mode,
+        "loss_agg_mode": aggregation,
+        "ratio_eps_low": EPS_LOW,
+        "ratio_eps_high": EPS_HIGH,
+        "ratio_clip_c": clip_c,
+        "importance_sampling_cap": threshold,
+        "entropy_bonus": entropy,
         **({} if kl is None else {"kl_penalty": KL_PENALTY, "kl_penalty_type": kl}),
-    }  # fmt: skip
+    }
     return {"batch": name, "max_length": MAX_LENGTH, "options": options, **result(told, batch, **kept)}
 
 
@@ -117,17 +130,28 @@ def kl_in_reward() -> list[dict]:
         rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, -1.0, 0.0], dtype=torch.float64)
         scores = torch.zeros_like(batch["mask"])
         scores[torch.arange(6), batch["mask"].sum(1).long() - 1] = rewards
-        data = DataProto.from_dict({
-            "response_mask": batch["mask"], "token_level_scores": scores, "old_log_probs": batch["old_logprobs"],
-            "ref_log_prob": batch["ref_logprobs"],
-        })  # fmt: skip
+        data = DataProto.from_dict(
+            {
+                "response_mask": batch["mask"],
+                "token_level_scores": scores,
+                "old_log_probs": batch["old_logprobs"],
+                "ref_log_prob": batch["ref_logprobs"],
+            }
+        )
         data, metrics = apply_kl_penalty(data, core_algos.FixedKLController(KL_PENALTY), kind)
         told, groups = data.batch["token_level_rewards"], np.array([0, 0, 1, 1, 2, 2])
         penalized = told.sum(1).tolist()
         advantages, _ = core_algos.compute_rloo_outcome_advantage(told.clone(), batch["mask"], groups)
-        cases.append({
-            "batch": "ragged", "kind": kind, "kl_penalty": KL_PENALTY, "rewards": rewards.tolist(),
-            "groups": groups.tolist(), "penalized": penalized, "advantages": advantages[:, 0].tolist(),
-            "reward_kl_penalty": metrics["actor/reward_kl_penalty"],
-        })  # fmt: skip
+        cases.append(
+            {
+                "batch": "ragged",
+                "kind": kind,
+                "kl_penalty": KL_PENALTY,
+                "rewards": rewards.tolist(),
+                "groups": groups.tolist(),
+                "penalized": penalized,
+                "advantages": advantages[:, 0].tolist(),
+                "reward_kl_penalty": metrics["actor/reward_kl_penalty"],
+            }
+        )
     return cases

@@ -27,10 +27,22 @@ def run(layout: str, model: pathlib.Path, work: dict[str, int], repeats: int) ->
     """Seconds of a generation, gathering included, by what generates; medians."""
     world, keys = LAYOUTS[layout]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
-         str(model), json.dumps(work), json.dumps(keys), str(repeats)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            __file__,
+            str(model),
+            json.dumps(work),
+            json.dumps(keys),
+            str(repeats),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{layout}: {done.stderr[-2000:]}")
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
@@ -55,11 +67,13 @@ def _main() -> None:
         copies.append(reshard.PIPELINE)
     sides = {
         copy: reshard.policy_generator(
-            actor, reshard.Choice(copy, ""), "32",
+            actor,
+            reshard.Choice(copy, ""),
+            "32",
             lambda policy: MegatronGenerator(policy, work.options, 0, 512, lambda ids: ""),
         )
         for copy in copies
-    }  # fmt: skip
+    }
     place = actor.parallel
     requests = work.requests()[place.data_rank :: place.data_size]
     seconds: dict[str, list[float]] = {copy: [] for copy in copies}

@@ -16,9 +16,9 @@ def plain_loop(model: Qwen2ForCausalLM, work: Work) -> tuple[Tensor, Tensor, int
     And the bytes that the cache has in the end.
     """
     cache = DynamicCache()
-    logits = model(
-        torch.from_numpy(work.token_ids()), past_key_values=cache, use_cache=True, logits_to_keep=1
-    ).logits[:, -1]  # fmt: skip
+    logits = model(torch.from_numpy(work.token_ids()), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+        :, -1
+    ]
     cache.batch_repeat_interleave(work.samples)
     logits = logits.repeat_interleave(work.samples, 0)
     tokens, logprobs = [], []
@@ -37,7 +37,15 @@ def hf_generate(model: Qwen2ForCausalLM, work: Work) -> Tensor:
     """generate(): each prompt is prefilled `samples` times; no log-probabilities. Tokens [rows, T]."""
     ids = torch.from_numpy(work.token_ids())
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        num_return_sequences=work.samples, max_new_tokens=work.tokens, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=work.samples,
+        max_new_tokens=work.tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return out[:, work.prompt_tokens :]

@@ -20,10 +20,18 @@ from megatron_dump.types import Prompt
 
 VOCABULARY = 1024
 _SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+    eos_token_id=0,
+    bos_token_id=None,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +76,14 @@ def write_model(path: pathlib.Path, experts: bool = False) -> None:
 
 def make_actor(path: pathlib.Path, **layout: object) -> MegatronGPTGRPOActor:
     """`layout`: keys of `model:`."""
-    config = load(OmegaConf.create({
-        "trainer": {"grpo": {"initial_policy_kl_penalty": 0.0}},
-        "pretrained_checkpoint": {"restore_from_path": str(path)},
-        "model": {"data": {"train_files": ["none"]}, **layout},
-        "exp_manager": {"explicit_log_dir": "none"},
-    }))  # fmt: skip
+    config = load(
+        OmegaConf.create(
+            {
+                "trainer": {"grpo": {"initial_policy_kl_penalty": 0.0}},
+                "pretrained_checkpoint": {"restore_from_path": str(path)},
+                "model": {"data": {"train_files": ["none"]}, **layout},
+                "exp_manager": {"explicit_log_dir": "none"},
+            }
+        )
+    )
     return MegatronGPTGRPOActor(config, parallel.initialize(layout_of(config.model)))

@@ -110,10 +110,16 @@ def table(rows: Sequence[Row]) -> str:
 
 def _write(path: str, hidden: int, feed_forward: int, layers: int, vocabulary: int) -> None:
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(config).save_pretrained(path)
 
 
@@ -142,11 +148,16 @@ def _rank(rank: int, tensor: int, pipeline: int, store: str, work: Any, sender: 
             dist.all_reduce(used)
             sync.close()
             if plain is not None:
-                sender.send({
-                    "model": name, "megabytes": plain.nbytes / 1e6, "transport": transport,
-                    "push_ms": 1e3 * statistics.median(pushes[2:]), "memcpy_ms": 1e3 * statistics.median(copies[2:]),
-                    "cpu_ms": 1e3 * float(used) / len(pushes),
-                })  # fmt: skip
+                sender.send(
+                    {
+                        "model": name,
+                        "megabytes": plain.nbytes / 1e6,
+                        "transport": transport,
+                        "push_ms": 1e3 * statistics.median(pushes[2:]),
+                        "memcpy_ms": 1e3 * statistics.median(copies[2:]),
+                        "cpu_ms": 1e3 * float(used) / len(pushes),
+                    }
+                )
     if engine is not None:
         engine.close()
     dist.barrier()

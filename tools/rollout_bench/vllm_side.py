@@ -14,9 +14,13 @@ import time
 from typing import Any
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 class VLLMSide:
@@ -27,9 +31,13 @@ class VLLMSide:
         environment.pop("PYTHONPATH", None)
         self._words = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
-            [python, __file__, model, work_file], env=environment, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._words,
-        )  # fmt: skip
+            [python, __file__, model, work_file],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+        )
         self.version: str = self._read()["version"]
 
     def __call__(self) -> tuple[float, float, int]:
@@ -62,14 +70,26 @@ def _main() -> None:
         work = json.load(file)
     torch.set_num_threads(1)
     engine = vllm.LLM(
-        model=model, dtype="float32", max_model_len=2048, enforce_eager=True, max_num_seqs=512,
-        skip_tokenizer_init=True, max_num_batched_tokens=4096, kv_cache_memory_bytes=512 << 20,
-        distributed_executor_backend="uni", disable_log_stats=True,
-    )  # fmt: skip
+        model=model,
+        dtype="float32",
+        max_model_len=2048,
+        enforce_eager=True,
+        max_num_seqs=512,
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=512 << 20,
+        distributed_executor_backend="uni",
+        disable_log_stats=True,
+    )
     sampling = vllm.SamplingParams(
-        n=work["samples"], temperature=1.0, top_p=1.0, logprobs=0, max_tokens=work["tokens"], ignore_eos=True,
+        n=work["samples"],
+        temperature=1.0,
+        top_p=1.0,
+        logprobs=0,
+        max_tokens=work["tokens"],
+        ignore_eos=True,
         detokenize=False,
-    )  # fmt: skip
+    )
     prompts = [{"prompt_token_ids": ids} for ids in work["token_ids"]]
     print(json.dumps({"version": vllm.__version__}), flush=True)
     for _ in sys.stdin:

@@ -14,12 +14,15 @@ from run_comparison.intervals import CONFIDENCE
 
 ROWS = (("over steps", over_steps), ("over generated tokens", over_tokens))
 LEARNING = (
-    ("Test accuracy, mean over sources", TEST), ("Reward of what was drawn", "critic/score/mean"),
+    ("Test accuracy, mean over sources", TEST),
+    ("Reward of what was drawn", "critic/score/mean"),
     ("Pass rate of what was drawn", "train/accuracy"),
-)  # fmt: skip
+)
 HEALTH = (
-    ("Response tokens", "response_length/mean"), ("Entropy", "actor/entropy"), ("KL to the start", "actor/kl_loss"),
-)  # fmt: skip
+    ("Response tokens", "response_length/mean"),
+    ("Entropy", "actor/entropy"),
+    ("KL to the start", "actor/kl_loss"),
+)
 
 
 def draw_groups(groups: list[Group]) -> Figure:

@@ -75,8 +75,10 @@ def read_groups(folders: Sequence[Path], labelled: Sequence[tuple[str, Sequence[
         names = [seed.seed for seed in group.seeds]
         if repeated := [name for name in names if names.count(name) > 1]:
             runs = ", ".join(seed.run.name for seed in group.seeds if seed.seed == repeated[0])
-            raise ValueError(f"group {group.label!r}: {runs} have the same model.seed={repeated[0]}, which would make "
-                             "the band too narrow: leave one out, or label them apart with --group")  # fmt: skip
+            raise ValueError(
+                f"group {group.label!r}: {runs} have the same model.seed={repeated[0]}, which would make "
+                "the band too narrow: leave one out, or label them apart with --group"
+            )
     return groups
 
 

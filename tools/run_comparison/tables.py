@@ -31,11 +31,18 @@ def by_group(groups: list[Group]) -> Table:
         before, after = first(group, key), last(group, key)
         gained = {seed: after[seed] - before[seed] for seed in after}
         steps = sorted({seed.run.steps[-1] for seed in group.seeds})
-        rows.append([
-            group.label, str(len(group.seeds)), "–".join(str(s) for s in dict.fromkeys((steps[0], steps[-1]))),
-            _count(float(np.mean([seed.tokens[-1] for seed in group.seeds]))), of_seeds(before).text(),
-            of_seeds(after).text(), of_seeds(gained).text("+.3f"), of_seeds(at_tokens(group, key, tokens)).text(),
-        ])  # fmt: skip
+        rows.append(
+            [
+                group.label,
+                str(len(group.seeds)),
+                "–".join(str(s) for s in dict.fromkeys((steps[0], steps[-1]))),
+                _count(float(np.mean([seed.tokens[-1] for seed in group.seeds]))),
+                of_seeds(before).text(),
+                of_seeds(after).text(),
+                of_seeds(gained).text("+.3f"),
+                of_seeds(at_tokens(group, key, tokens)).text(),
+            ]
+        )
     return columns, rows
 
 

@@ -21,7 +21,7 @@ _KINDS = (
     (_GPU, "CUDA error"),
     (re.compile(r"MemoryError|Cannot allocate memory|can't allocate memory"), "out of host memory"),
     (re.compile(r"No space left on device"), "disk full"),
-)  # fmt: skip
+)
 _TOLD_TO_END = re.compile(r"SIGTERM|got signal: 15|CANCELLED")
 _HOST_OOM = re.compile(r"oom[-_ ]kill|out of memory: kill", re.IGNORECASE)  # by slurmstepd or the kernel
 SIGNAL, EXCEPTION, EXIT, LOST_PEER, ENDED = range(5)  # the lower, the rather a cause

@@ -55,17 +55,17 @@ def run(config: Config, wanted: EvaluateConfig) -> int:
     """From the meeting of the ranks to the table."""
     import torch.distributed as dist
 
-    from megatron_dump.evaluation import evaluate_policy
-    from megatron_dump.evaluation_table import show
-
     def tell(line: str) -> None:
         if line and rank() == 0:
             print(line, file=sys.stderr, flush=True)
 
     try:
+        from megatron_dump.evaluation import evaluate_policy
+        from megatron_dump.evaluation_table import show
+
         with meter("completions", show=rank() == 0) as on_progress:
             result = evaluate_policy(config, wanted, tell, on_progress)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return refuse(error, None)
     if rank() == 0:
         out = pathlib.Path(wanted.out or pathlib.Path(config.exp_manager.explicit_log_dir) / "evaluation.json")

@@ -127,14 +127,14 @@ def main() -> int:
 
 def train(raw: DictConfig, config: Config, stop_signal: StopSignal) -> int:
     """From the meeting of the ranks to the report and the outcome."""
-    from megatron_dump.actor.checkpoint_files import steps
-    from megatron_dump.assemble import build_trainer, join, make_stopping
-    from megatron_dump.course import ends_at_start
-    from megatron_dump.inputs import read_inputs
-
     manager, max_steps = config.exp_manager, config.trainer.grpo.max_steps
     log_dir = pathlib.Path(manager.explicit_log_dir)
     try:
+        from megatron_dump.actor.checkpoint_files import steps
+        from megatron_dump.assemble import build_trainer, join, make_stopping
+        from megatron_dump.course import ends_at_start
+        from megatron_dump.inputs import read_inputs
+
         stopping = make_stopping(config, rank(), stop_signal)
         inputs = None if (log_dir / STOP).exists() else read_inputs(config)
         grid = join(config)  # where they agree on whether the file is there: rank 0 alone counts
@@ -145,7 +145,7 @@ def train(raw: DictConfig, config: Config, stop_signal: StopSignal) -> int:
             return leave(ended, manager.outcome_file)
         trainer = build_trainer(config, inputs, grid, stopping)
         trainer.resume(manager.resume_if_exists)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return refuse(error, manager.outcome_file)
     if rank() == 0:
         OmegaConf.save(OmegaConf.create(schema.recorded(raw)), log_dir / "config.yaml")

@@ -59,10 +59,11 @@ class Patch:
 def enable(local_rank: int = 0) -> Platform:
     """Select this process's device; on a machine without CUDA, patch torch and megatron-core once.
 
-    Raises AttributeError when a patch's target is gone (an untried megatron-core), ImportError for one that is too old,
-    ValueError when this node has fewer GPUs than ranks.
+    Raises AttributeError when a patch's target is gone (an untried megatron-core), ValueError when this node has fewer
+    GPUs than ranks.
     """
-    megatron_versions.check(warn=local_rank == 0)
+    if local_rank == 0:
+        megatron_versions.warn_of_newer()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -85,6 +85,7 @@ demo: venv data
 	$(BIN)/torchrun --nproc-per-node=8 examples/train_gpt_grpo.py --config-name=kk_cpu
 
 figures: demo chromium
+	$(BIN)/python tools/draw_loop.py docs/images/loop.svg
 	cp results/kk_cpu/report.png docs/images/kk_cpu.png
 	chromium --headless --no-sandbox --disable-gpu --window-size=1200,2400 \
 		--screenshot=$(CURDIR)/docs/images/report.png file://$(CURDIR)/results/kk_cpu/report.html

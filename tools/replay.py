@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     with meter(args.policy) as on_progress:
         other = reweigh(log, parse_options(args.policy, args.options), on_progress)
     print(comparison(log, other, args.policy))
-    out = args.out or args.log.with_name(f"replay_{args.policy}.png")
+    out = args.out or args.log.with_name(f"replay_{args.policy.rpartition(':')[2]}.png")
     with matplotlib.rc_context(STYLE):
         draw_comparison(log, other, args.policy).savefig(out, dpi=130)
     print(f"picture: {out}")
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path, help="curriculum.jsonl of a run")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the policy")
-    parser.add_argument("--policy", help="a name of trainer.grpo.curriculum.sources: uniform, sec, dump_ucb, …")
+    parser.add_argument("--policy", help="as trainer.grpo.curriculum.sources.name: uniform, sec, own.py:Class, …")
     parser.add_argument("--out", type=Path, metavar="PNG", help="default: replay_<policy>.png beside the log")
     try:
         run(parser.parse_intermixed_args(argv))

@@ -10,16 +10,11 @@ from megatron_dump.curriculum.budget import BUDGETS
 from megatron_dump.curriculum.filters import FILTERS
 from megatron_dump.curriculum.guards import Alarm, Audit
 from megatron_dump.curriculum.pass_rates import PromptPassRates
-from megatron_dump.curriculum.prompts import PROMPT_POLICIES
-from megatron_dump.curriculum.registry import ROOT, describe, options
-from megatron_dump.curriculum.sources import SOURCE_POLICIES
+from megatron_dump.curriculum.prompts import PROMPTS
+from megatron_dump.curriculum.registry import ROOT, Named, options
+from megatron_dump.curriculum.sources import SOURCES
 
-NAMED: dict[str, Mapping[str, type]] = {
-    "sources": SOURCE_POLICIES,
-    "prompts": PROMPT_POLICIES,
-    "budget": BUDGETS,
-    "filter": FILTERS,
-}
+NAMED: dict[str, Named] = {kind.section: kind for kind in (SOURCES, PROMPTS, BUDGETS, FILTERS)}
 UNNAMED: dict[str, type] = {"pass_rates": PromptPassRates, "audit": Audit, "alarm": Alarm}
 
 
@@ -30,11 +25,11 @@ def describe_blocks(config: Mapping[str, Any], max_steps: int | None = None) -> 
     their own take the run's `max_steps`: written down here, it cannot change unnoticed over a resume.
     """
     blocks = {}
-    for section, known in NAMED.items():
+    for section, kind in NAMED.items():
         block = config.get(section, {"name": "none"} if section == "filter" else None)
         if not isinstance(block, Mapping) or "name" not in block:
             raise ValueError(f"{ROOT}.{section}: {block!r} must be a block with a name, as in {{name: ...}}")
-        blocks[section] = described = describe(section, known, block)
+        blocks[section] = described = kind.describe(block)
         if described.get("total_steps", 0) is None:
             described["total_steps"] = max_steps
     blocks |= {name: options(name, kind, config.get(name) or {}) for name, kind in UNNAMED.items()}

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_dump.curriculum.registry import ROOT, check_number, resolve
+from megatron_dump.curriculum.registry import ROOT, Named, check_number
 
 
 class Budget(Protocol):
-    uses_pass_rates: bool
+    """Made as Budget(samples_per_prompt, **options)."""
+
+    uses_pass_rates: bool  # of the class: whether `allot` must be given pass rates
 
     def allot(self, pass_rates: np.ndarray | None, total: int) -> np.ndarray:
         """float64 [P] estimated pass rates in [0, 1] -> int64 [P] group sizes that sum to `total` exactly.
@@ -240,10 +242,9 @@ def _require(fine: np.ndarray, values: np.ndarray, name: str, what: str) -> None
         raise ValueError(f"{name} {values[bad]} of prompt {bad} must be {what}")
 
 
-BUDGETS: dict[str, type] = {"fixed": Fixed, "neyman": Neyman, "knapsack": Knapsack}
+BUDGETS = Named("budget", {"fixed": Fixed, "neyman": Neyman, "knapsack": Knapsack}, Budget)
 
 
 def make_budget(config: Mapping[str, Any], samples_per_prompt: int) -> Budget:
     """The budget that `trainer.grpo.curriculum.budget` describes; ValueError for an unknown name or option."""
-    budget, options = resolve("budget", BUDGETS, config)
-    return budget(samples_per_prompt, **options)
+    return BUDGETS.make(config, samples_per_prompt)

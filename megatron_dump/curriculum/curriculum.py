@@ -15,6 +15,7 @@ from megatron_dump.curriculum.blocks import describe_blocks
 from megatron_dump.curriculum.decision_log import draw_event, observe_event
 from megatron_dump.curriculum.ledger import Ledger
 from megatron_dump.curriculum.parts import Sigma, make_parts
+from megatron_dump.curriculum.promises import check_slots, check_weights
 from megatron_dump.curriculum.rows import SourceRows, ranks_within
 from megatron_dump.types import Draw, Outcomes
 
@@ -76,7 +77,9 @@ class Curriculum:
     @property
     def weights(self) -> np.ndarray:
         """float64 [K]: the source distribution the next draw will use, given what has been observed so far."""
-        return self._parts.source_policy.weights(self.step)
+        weights = self._parts.source_policy.weights(self.step)
+        check_weights(self._parts.source_policy, weights, len(self.sources))
+        return weights
 
     def draw(self, step: int) -> Draw:
         """The next round of `step`: its pre-rollouts, if the prompt policy wants any, then what it trains on.
@@ -101,6 +104,7 @@ class Curriculum:
             self._parts.prompt_policy.prepared(step)
         weights = self.weights
         slots = self._parts.source_policy.slots(step, step * self.prompts_per_step, self.prompts_per_step, self.seed)
+        check_slots(self._parts.source_policy, slots, self.prompts_per_step, len(self.sources))
         slots = self._parts.audit.apply(step, slots, self.seed)
         total = self.prompts_per_step * self.samples_per_prompt
         self.step = step + 1

@@ -7,12 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_dump.curriculum.registry import check_number, resolve
+from megatron_dump.curriculum.registry import Named, check_number
 from megatron_dump.types import Outcomes
 
 
 class Filter(Protocol):
-    max_refills: int  # rounds of fresh prompts that may replace rejected groups in one step
+    """Made as Filter(**options); it has no state."""
+
+    # Rounds of fresh prompts that may replace rejected groups in one step. A user's own class has it before it is made.
+    max_refills: int
 
     def rejected(self, outcomes: Outcomes) -> np.ndarray:
         """int64, sorted: ids of the groups that are not to be trained on."""
@@ -58,10 +61,9 @@ def constant_groups(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int64), ~(highest > lowest)
 
 
-FILTERS: dict[str, type] = {"none": Everything, "zero_variance": ZeroVariance}
+FILTERS = Named("filter", {"none": Everything, "zero_variance": ZeroVariance}, Filter)
 
 
 def make_filter(config: Mapping[str, Any]) -> Filter:
     """The filter that `trainer.grpo.curriculum.filter` describes; ValueError for an unknown name or option."""
-    kind, options = resolve("filter", FILTERS, config)
-    return kind(**options)
+    return FILTERS.make(config)

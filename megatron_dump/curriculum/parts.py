@@ -14,7 +14,8 @@ from megatron_dump.curriculum.estimators import PassRateEstimator
 from megatron_dump.curriculum.filters import Filter, make_filter
 from megatron_dump.curriculum.guards import Alarm, Audit
 from megatron_dump.curriculum.pass_rates import PromptPassRates
-from megatron_dump.curriculum.prompts import PROMPT_POLICIES, PromptPolicy, make_prompt_policy
+from megatron_dump.curriculum.promises import check_rollouts, check_rows
+from megatron_dump.curriculum.prompts import PROMPTS, PromptPolicy, make_prompt_policy
 from megatron_dump.curriculum.registry import ROOT
 from megatron_dump.curriculum.rows import SourceRows
 from megatron_dump.curriculum.sources import SourcePolicy, SourceSetting, make_source_policy
@@ -36,6 +37,7 @@ class Parts:
     source_pass_rate: PassRateEstimator
     pass_rates: PromptPassRates | None  # None: neither the prompt policy nor the budget asks for them
     sigma: Sigma | None  # None: the budget does not ask for it
+    of_row: np.ndarray  # int32 [R], every row's source
 
     def choose(
         self, step: int, first_group: int, slots: np.ndarray, exclude: np.ndarray, total: int
@@ -45,9 +47,12 @@ class Parts:
         exclude: rows that earlier rounds of the step train on.
         """
         prompt_ids = self.prompt_policy.draw(step, first_group, slots, exclude)
+        check_rows(self.prompt_policy, prompt_ids, slots, self.of_row)
         rates = self.pass_rates.mean(prompt_ids) if self.pass_rates and self.budget.uses_pass_rates else None
         measured = {} if self.sigma is None else {"sigma": self.sigma(prompt_ids)}
-        return prompt_ids, self.budget.allot(rates, total, **measured)
+        rollouts = self.budget.allot(rates, total, **measured)
+        check_rollouts(self.budget, rollouts, len(slots), total)
+        return prompt_ids, rollouts
 
     def observe(self, outcomes: Outcomes) -> None:
         """Whole groups of one step; see Curriculum.observe."""
@@ -99,13 +104,13 @@ def make_parts(
     setting = SourceSetting(tuple(rows.names), tuple(rows.sizes.tolist()), max_steps)
     source_policy = make_source_policy(config["sources"], setting)
     budget = make_budget(config["budget"], samples_per_prompt)
-    uses_sigma = config["budget"].get("form") == "gradient"
+    uses_sigma = config["budget"]["name"] == "neyman" and config["budget"]["form"] == "gradient"
     if uses_sigma and gradient_sigma is None:
         raise ValueError(
             f"{ROOT}.budget.form: 'gradient' needs an actor that measures gradient norms (Curriculum's "
             "gradient_sigma), and this one does not; use form: proxy"
         )
-    needs_pass_rates = PROMPT_POLICIES[config["prompts"]["name"]].uses_pass_rates or budget.uses_pass_rates
+    needs_pass_rates = PROMPTS.resolve(config["prompts"])[0].uses_pass_rates or budget.uses_pass_rates
     pass_rates = PromptPassRates(rows, **config["pass_rates"])  # also where unused: checks its options
     pass_rates = pass_rates if needs_pass_rates else None
     return Parts(
@@ -118,4 +123,5 @@ def make_parts(
         source_pass_rate=PassRateEstimator(n_sources),
         pass_rates=pass_rates,
         sigma=gradient_sigma if uses_sigma else None,
+        of_row=rows.of_row,
     )

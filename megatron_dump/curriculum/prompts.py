@@ -10,7 +10,7 @@ import numpy as np
 from megatron_dump.curriculum.cures import Cures
 from megatron_dump.curriculum.pass_rates import PromptPassRates
 from megatron_dump.curriculum.passes import Passes
-from megatron_dump.curriculum.registry import resolve
+from megatron_dump.curriculum.registry import Named
 from megatron_dump.curriculum.rows import SourceRows
 from megatron_dump.curriculum.thompson import Thompson
 
@@ -96,7 +96,7 @@ class Epoch:
         self._passes.load_state_dict(state)
 
 
-PROMPT_POLICIES: dict[str, type] = {"epoch": Epoch, "cures": Cures, "thompson": Thompson}
+PROMPTS = Named("prompts", {"epoch": Epoch, "cures": Cures, "thompson": Thompson}, PromptPolicy)
 
 
 def make_prompt_policy(
@@ -106,5 +106,4 @@ def make_prompt_policy(
 
     pass_rates: may be None where the policy's class says that it does not use them.
     """
-    policy, options = resolve("prompts", PROMPT_POLICIES, config)
-    return policy(rows, seed, pass_rates, **options)
+    return PROMPTS.make(config, rows, seed, pass_rates)

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_dump.curriculum.own import FORMS, is_own, make_own, own_class
+
 ROOT = "trainer.grpo.curriculum"
 
 
-def resolve(section: str, known: Mapping[str, type], config: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
-    """The class that `config["name"]` means, and all its options with defaults filled in.
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A block of the YAML whose `name` says which class it means: a built-in one, or one of the user's own."""
 
-    A class's options are the keyword-only parameters of its constructor. Raises ValueError, naming the key of the
-    YAML, the value and what is known, for an unknown name or option.
-    """
-    name = str(config.get("name"))
-    if name not in known:
-        raise ValueError(f"{ROOT}.{section}.name: {name!r} is unknown; known: {', '.join(sorted(known))}")
-    given = {key: value for key, value in config.items() if key != "name"}
-    return known[name], _options(section, name, known[name], given)
+    section: str
+    known: Mapping[str, type]  # the built-in ones
+    protocol: type  # what a class of the user's own must have
+
+    def resolve(self, config: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+        """The class that `config["name"]` means, and all its options with defaults filled in.
+
+        A class's options are the keyword-only parameters of its constructor. Raises ValueError, naming the key of the
+        YAML, the value and what is known, for an unknown name or option.
+        """
+        name = str(config.get("name"))
+        given = {key: value for key, value in config.items() if key != "name"}
+        if is_own(name):
+            kind = own_class(self._key, name, self.protocol)
+        elif name in self.known:
+            kind = self.known[name]
+        else:
+            known = ", ".join(sorted(self.known))
+            raise ValueError(f"{self._key}: {name!r} is unknown; known: {known}, or a class of your own: {FORMS}")
+        return kind, _options(self.section, name, kind, given)
+
+    def make(self, config: Mapping[str, Any], *given: Any) -> Any:
+        """An object of the class, made as Class(*given, **options). ValueError as in `resolve`, and for bad values."""
+        kind, options = self.resolve(config)
+        name = str(config["name"])
+        return make_own(self._key, name, kind, given, options) if is_own(name) else kind(*given, **options)
+
+    def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The resolved block, name and all options: what a checkpoint compares."""
+        described = {"name": config["name"], **self.resolve(config)[1]}
+        for option, value in described.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                key = f"{ROOT}.{self.section}.{option}"
+                raise ValueError(f"{key}: {value!r} cannot be saved: give numbers, text, lists or blocks") from error
+        return described
+
+    @property
+    def _key(self) -> str:
+        return f"{ROOT}.{self.section}.name"
 
 
 def options(section: str, described: type, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,15 +73,15 @@ def _options(section: str, name: str, described: type, given: Mapping[str, Any])
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     if unknown := sorted(set(given) - set(defaults)):
         offered = ", ".join(sorted(defaults)) or "none"
+        if is_own(name):
+            offered += " (the keyword-only parameters of its constructor)"
         raise ValueError(
             f"{ROOT}.{section}.{unknown[0]}: no such option (value {given[unknown[0]]!r}); options of {name}: {offered}"
         )
-    return {**defaults, **given}
-
-
-def describe(section: str, known: Mapping[str, type], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved block, name and all options: what a checkpoint compares."""
-    return {"name": config["name"], **resolve(section, known, config)[1]}
+    options = {**defaults, **given}
+    if needed := [key for key, value in options.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"{ROOT}.{section}.{needed[0]}: no value, and {name} has no default: set it")
+    return options
 
 
 def check_number(key: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:

@@ -24,10 +24,10 @@ class SourceSetting:
 
 
 class SourcePolicy(Protocol):
-    """K sources in sorted order. State changes in `drawn`, `observe` and `load_state_dict` only.
+    """K sources in sorted order. Made as Policy(setting, **options).
 
-    A step goes weights, slots, drawn, (generation), observe. Each of drawn and observe may come several times a step,
-    and outcomes may come after those of later steps.
+    State changes in `drawn`, `observe` and `load_state_dict` only. A step goes weights, slots, drawn, (generation),
+    observe. Each of drawn and observe may come several times a step, and outcomes may come after those of later steps.
     """
 
     def weights(self, step: int) -> np.ndarray:

@@ -9,12 +9,13 @@ import numpy as np
 
 from megatron_dump.curriculum import streams
 from megatron_dump.curriculum.bandits import SEC, DumpUCB
-from megatron_dump.curriculum.registry import ROOT, check_number, resolve
+from megatron_dump.curriculum.own import is_own
+from megatron_dump.curriculum.registry import ROOT, Named, check_number
 from megatron_dump.curriculum.robust import DumpUCBRobust
 from megatron_dump.curriculum.schedules import EasyToHard
 from megatron_dump.curriculum.source_policy import IndependentSlots, SourcePolicy, SourceSetting, softmax
 
-__all__ = ["SOURCE_POLICIES", "SourcePolicy", "SourceSetting", "make_source_policy"]
+__all__ = ["SOURCES", "SourcePolicy", "SourceSetting", "make_source_policy"]
 
 
 class Uniform(IndependentSlots):
@@ -90,15 +91,19 @@ class Static(IndependentSlots):
         return self._weights.copy()
 
 
-SOURCE_POLICIES: dict[str, type] = {
-    "uniform": Uniform,
-    "proportional": Proportional,
-    "static": Static,
-    "easy_to_hard": EasyToHard,
-    "sec": SEC,
-    "dump_ucb": DumpUCB,
-    "dump_ucb_robust": DumpUCBRobust,
-}
+SOURCES = Named(
+    "sources",
+    {
+        "uniform": Uniform,
+        "proportional": Proportional,
+        "static": Static,
+        "easy_to_hard": EasyToHard,
+        "sec": SEC,
+        "dump_ucb": DumpUCB,
+        "dump_ucb_robust": DumpUCBRobust,
+    },
+    SourcePolicy,
+)
 
 
 def make_source_policy(config: Mapping[str, Any], setting: SourceSetting) -> SourcePolicy:
@@ -106,5 +111,9 @@ def make_source_policy(config: Mapping[str, Any], setting: SourceSetting) -> Sou
 
     Raises ValueError for an unknown name or option, and for a value out of range.
     """
-    policy, options = resolve("sources", SOURCE_POLICIES, config)
-    return policy(setting, **options)
+    policy: SourcePolicy = SOURCES.make(config, setting)
+    for name, array in policy.state_dict().items() if is_own(str(config["name"])) else ():
+        if np.shape(array)[:1] != (len(setting.names),):
+            shape = f"state_dict has {name!r} of shape {list(np.shape(array))}"
+            raise ValueError(f"{ROOT}.sources.name: {config['name']!r}: {shape}; make it a row for each source")
+    return policy

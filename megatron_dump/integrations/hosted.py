@@ -81,6 +81,8 @@ class HostedCurriculum:
             return self.last
         with self._named():
             self.last = self.curriculum.draw(self.curriculum.step)
+        if not self.last.train:  # no option of a policy of the user's own tells before
+            raise ValueError(f"{self._key}.prompts: it asks for pre-rollouts: this trainer trains on all it rolls out")
         return self.last
 
     def learn(
@@ -141,7 +143,7 @@ class HostedCurriculum:
         except (ValueError, RuntimeError) as error:
             text = str(error).replace("trainer.grpo.curriculum", self._key)
             text = text.replace("exp_manager.explicit_log_dir", "output folder").replace("trainer.grpo.", "")
-            raise (ValueError if isinstance(error, ValueError) else RuntimeError)(text) from None
+            raise (ValueError if isinstance(error, ValueError) else RuntimeError)(text) from error
 
 
 def outcomes_of(

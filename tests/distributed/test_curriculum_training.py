@@ -12,10 +12,11 @@ from megatron_dump.curriculum.codec import outcomes_from_json
 from megatron_dump.curriculum.replay import read_log, verify
 from megatron_dump.rewards import register_reward, reward_fn
 from megatron_dump.types import Score
-from tests.distributed.runs import draws, make_data, rows, train
+from tests.distributed.runs import REPO, draws, make_data, rows, train
 
 BLOCK = "trainer.grpo.curriculum"
 SOURCES = ("kk_logic_2", "kk_logic_3", "kk_logic_4")
+OWN = REPO / "tests/unit/own_policies.py"
 
 
 def _nan_if_long(text: str, ground_truth: str) -> Score:
@@ -66,6 +67,11 @@ POLICIES = {
     "robust with audits": {"sources": "{name: dump_ucb_robust}", "audit": "{every: 2, prompts: 2}"},
     "uniform": {"sources": "{name: uniform}"},
     "proportional": {"sources": "{name: proportional, temperature: 2.0}"},
+    "own": {
+        "sources": f"{{name: {OWN}:Struggling, prior: 2.0}}",
+        "prompts": f"{{name: {OWN}:LeastDrawn}}",
+        "budget": f"{{name: {OWN}:WrongShare}}",
+    },
 }
 
 
@@ -83,6 +89,22 @@ def test_every_policy_trains_and_its_log_replays(data, tmp_path, name):
     if "pre_rollouts" in POLICIES[name].get("prompts", ""):
         assert sum(logged[0][f"curriculum/{s}/n_pre_rollouts"] for s in SOURCES) > 0
         assert sum(logged[1][f"curriculum/{s}/n_pre_rollouts"] for s in SOURCES) == 0
+
+
+def test_a_resumed_run_of_own_policies_is_the_uninterrupted_one(data, tmp_path):
+    own = {f"{BLOCK}.{block}": value for block, value in POLICIES["own"].items()}
+    own |= {f"{BLOCK}.filter": f"{{name: {OWN}:NoneRight}}", **rewards("test_by_length")}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(1, data, whole, **own)
+    for last in (2, 3):
+        train(1, data, parts, **own, **{"trainer.grpo.max_steps": last, "trainer.grpo.save_interval": 2})
+    assert rows(parts, "curriculum.jsonl")[-1] == rows(whole, "curriculum.jsonl")[-1]
+    assert draws(parts) == draws(whole) and verify(read_log(parts / "curriculum.jsonl")) == 3
+    other = own | {f"{BLOCK}.sources": "{name: uniform}", "trainer.grpo.max_steps": 4}
+    with pytest.raises(RuntimeError, match=r"curriculum sources differs: .*own_policies.py:Struggling"):
+        train(1, data, parts, **other)
+    with pytest.raises(RuntimeError, match=r"curriculum.sources.name: 'nope.py:X' cannot be imported"):
+        train(1, data, tmp_path / "new", **{f"{BLOCK}.sources": "{name: nope.py:X}"})
 
 
 RAGGED = {

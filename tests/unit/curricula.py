@@ -20,6 +20,7 @@ BUDGETS = ("fixed", "neyman", "knapsack")
 EVERYTHING = [
     *(({"name": name, **SCHEDULED.get(name, {})}, "epoch", "fixed") for name in SOURCES),
     *(({"name": "dump_ucb_robust"}, prompts, budget) for prompts in PROMPTS for budget in BUDGETS),
+    tuple({"name": f"tests.unit.own_policies:{name}"} for name in ("Struggling", "LeastDrawn", "WrongShare")),
 ]
 
 

@@ -36,6 +36,7 @@ POLICIES = {
     ),
     "robust_post": ({"name": "dump_ucb_robust", "learnability": "posterior", "epsilon": 0.0, "discount": 0.0}, 0),
     "robust_cost": ({"name": "dump_ucb_robust", "window": 4, "cost_exponent": 1.0}, 0.05 / K),
+    "own": ({"name": "tests.unit.own_policies:Struggling"}, 0),
 }
 
 

@@ -21,6 +21,7 @@ POLICIES = [
     {"name": "cures", "subsets": 2, "steps_per_subset": 2, "pre_rollouts": 2},
     {"name": "thompson", "pool": 3},
     {"name": "thompson", "floor": 0.5},
+    {"name": "tests.unit.own_policies:LeastDrawn"},
 ]
 
 

@@ -119,6 +119,12 @@ CONFIGS = {
         "budget": {"name": "knapsack"},
     },
     "thompson": {"sources": {"name": "uniform"}, "prompts": {"name": "thompson"}},
+    "own": {
+        "sources": {"name": "tests.unit.own_policies:Struggling"},
+        "prompts": {"name": "tests.unit.own_policies:LeastDrawn"},
+        "budget": {"name": "tests.unit.own_policies:WrongShare"},
+        "filter": {"name": "tests.unit.own_policies:NoneRight"},
+    },
 }
 
 

@@ -6,7 +6,8 @@ Suffixes in shapes: P prompts of a step, G rollouts of a group, N rollouts of a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,39 @@ class Outcomes:
     finished: np.ndarray  # bool [N]
     kept: np.ndarray  # bool [N], trained on: neither rejected by the filter nor without a finite reward
     ages: np.ndarray  # int64 [N], training steps between the generating weights and those of now; 0 when synchronous
+
+    @staticmethod
+    def of(step: int, **columns: Any) -> Outcomes:
+        """From a sequence for every column, copied into an array of the column's type."""
+        return Outcomes(step, **{name: np.array(columns[name], kind) for name, kind in OUTCOME_COLUMNS.items()})
+
+    @staticmethod
+    def joined(parts: Sequence[Outcomes]) -> Outcomes:
+        """The rollouts of several rounds of one step, in the order of `parts`."""
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in OUTCOME_COLUMNS}
+        return Outcomes(parts[0].step, **columns)
+
+    def take(self, rows: np.ndarray) -> Outcomes:
+        """Some of the rollouts. rows: positions, or a mask bool [N]."""
+        return Outcomes(self.step, **{name: getattr(self, name)[rows] for name in OUTCOME_COLUMNS})
+
+
+# The columns of Outcomes in the order of its fields, and what each holds. This order is that of the log's JSON, of the
+# table that ranks gather and of the digest that they compare.
+OUTCOME_COLUMNS: dict[str, type[np.generic]] = {
+    "group_ids": np.int64,
+    "samples": np.int64,
+    "prompt_ids": np.int64,
+    "source_ids": np.int64,
+    "rewards": np.float64,
+    "advantages": np.float64,
+    "correct": np.bool_,
+    "well_formed": np.bool_,
+    "lengths": np.int64,
+    "finished": np.bool_,
+    "kept": np.bool_,
+    "ages": np.int64,
+}
 
 
 @dataclasses.dataclass

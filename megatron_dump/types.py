@@ -125,6 +125,25 @@ OUTCOME_COLUMNS: dict[str, type[np.generic]] = {
     "ages": np.int64,
 }
 
+_GROUP_BITS, _SAMPLE_BITS = 20, 12  # 32 bits together; checkpoints hold packed places, so these stay as they are
+
+
+def pack_places(group_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """int64 [N] below 2^32: each rollout's place in its step, ordered by group id, then sample.
+
+    A step has at most 2^20 groups, a group at most 2^12 = 4096 rollouts. ValueError beyond: two rollouts must not
+    share a place.
+    """
+    for name, values, bits in (("group id", group_ids, _GROUP_BITS), ("sample", samples, _SAMPLE_BITS)):
+        if values.size and not 0 <= values.min() <= values.max() < 1 << bits:
+            raise ValueError(f"{name}s from {values.min()} to {values.max()}: they must be in 0..{(1 << bits) - 1}")
+    return group_ids << _SAMPLE_BITS | samples
+
+
+def groups_of(places: np.ndarray) -> np.ndarray:
+    """int64 [N]: the group ids that `pack_places` was given."""
+    return places >> _SAMPLE_BITS
+
 
 @dataclasses.dataclass
 class TrainBatch:

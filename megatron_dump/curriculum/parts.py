@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,9 @@ from megatron_dump.curriculum.filters import Filter, make_filter
 from megatron_dump.curriculum.guards import Alarm, Audit
 from megatron_dump.curriculum.pass_rates import PromptPassRates
 from megatron_dump.curriculum.prompts import PROMPT_POLICIES, PromptPolicy, make_prompt_policy
-from megatron_dump.curriculum.registry import ROOT
 from megatron_dump.curriculum.rows import SourceRows
 from megatron_dump.curriculum.sources import SourcePolicy, SourceSetting, make_source_policy
 from megatron_dump.types import Outcomes
-
-Sigma = Callable[[np.ndarray], np.ndarray]  # rows int64 [P] -> sigma float64 [P] of CurES Eq. 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,6 @@ class Parts:
     alarm: Alarm
     source_pass_rate: PassRateEstimator
     pass_rates: PromptPassRates | None  # None: neither the prompt policy nor the budget asks for them
-    sigma: Sigma | None  # None: the budget does not ask for it
 
     def choose(
         self, step: int, first_group: int, slots: np.ndarray, exclude: np.ndarray, total: int
@@ -46,8 +42,7 @@ class Parts:
         """
         prompt_ids = self.prompt_policy.draw(step, first_group, slots, exclude)
         rates = self.pass_rates.mean(prompt_ids) if self.pass_rates and self.budget.uses_pass_rates else None
-        measured = {} if self.sigma is None else {"sigma": self.sigma(prompt_ids)}
-        return prompt_ids, self.budget.allot(rates, total, **measured)
+        return prompt_ids, self.budget.allot(rates, total)
 
     def observe(self, outcomes: Outcomes) -> None:
         """Whole groups of one step; see Curriculum.observe."""
@@ -92,19 +87,12 @@ def make_parts(
     samples_per_prompt: int,
     seed: int,
     max_steps: int | None,
-    gradient_sigma: Sigma | None,
 ) -> Parts:
     """The parts that `config` (of blocks.describe_blocks) names. ValueError for options that cannot be used."""
     n_sources = len(rows.names)
     setting = SourceSetting(tuple(rows.names), tuple(rows.sizes.tolist()), max_steps)
     source_policy = make_source_policy(config["sources"], setting)
     budget = make_budget(config["budget"], samples_per_prompt)
-    uses_sigma = config["budget"].get("form") == "gradient"
-    if uses_sigma and gradient_sigma is None:
-        raise ValueError(
-            f"{ROOT}.budget.form: 'gradient' needs an actor that measures gradient norms (Curriculum's "
-            "gradient_sigma), and this one does not; use form: proxy"
-        )
     needs_pass_rates = PROMPT_POLICIES[config["prompts"]["name"]].uses_pass_rates or budget.uses_pass_rates
     pass_rates = PromptPassRates(rows, **config["pass_rates"])  # also where unused: checks its options
     pass_rates = pass_rates if needs_pass_rates else None
@@ -117,5 +105,4 @@ def make_parts(
         alarm=Alarm(n_sources, **config["alarm"]),
         source_pass_rate=PassRateEstimator(n_sources),
         pass_rates=pass_rates,
-        sigma=gradient_sigma if uses_sigma else None,
     )

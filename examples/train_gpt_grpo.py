@@ -133,10 +133,10 @@ def train(raw: DictConfig, config: Config, stop_signal: StopSignal) -> int:
         from megatron_dump.actor.checkpoint_files import steps
         from megatron_dump.assemble import build_trainer, join, make_stopping
         from megatron_dump.course import ends_at_start
-        from megatron_dump.inputs import read_inputs
+        from megatron_dump.inputs import read_training_inputs
 
         stopping = make_stopping(config, rank(), stop_signal)
-        inputs = None if (log_dir / STOP).exists() else read_inputs(config)
+        inputs = None if (log_dir / STOP).exists() else read_training_inputs(config)
         grid = join(config)  # where they agree on whether the file is there: rank 0 alone counts
         ended = ends_at_start(stopping, grid.device, steps(log_dir / "checkpoints"), max_steps)
         if ended is not None:

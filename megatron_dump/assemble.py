@@ -10,16 +10,15 @@ from megatron_dump.actor import parallel
 from megatron_dump.actor.actor import MegatronGPTGRPOActor
 from megatron_dump.actor.checkpoint import Checkpoints
 from megatron_dump.collect import Collector
-from megatron_dump.config import Config, ConfigError
+from megatron_dump.config import Config
 from megatron_dump.course import Course
 from megatron_dump.curriculum.curriculum import Curriculum
 from megatron_dump.curriculum.sampler import MegatronCurriculumBatchSampler
-from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import DrawBroadcast, Replica, fail_together
 from megatron_dump.early_stopping import EarlyStopping
 from megatron_dump.engines import connect
 from megatron_dump.generators import make_generators
-from megatron_dump.inputs import Inputs, checked_layout, monitored, read_inputs
+from megatron_dump.inputs import TrainingInputs, checked_layout, monitored, read_training_inputs
 from megatron_dump.kl_reward import KLInReward
 from megatron_dump.monitor import Monitor
 from megatron_dump.ray_cluster import Cluster
@@ -52,23 +51,24 @@ def _early_stopping(config: Config) -> EarlyStopping | None:
 
 def build_trainer(
     config: Config,
-    inputs: Inputs | None = None,
+    inputs: TrainingInputs | None = None,
     grid: parallel.Parallel | None = None,
     stopping: Stopping | None = None,
 ) -> GRPOTrainer:
-    """Load the model, connect the parts. inputs, grid: of `read_inputs` and `join`; by default read and joined now.
+    """Load the model, connect the parts.
 
-    ValueError or FileNotFoundError, each one clear line, for input that cannot be used: before any collective where
-    every rank can tell on its own.
+    inputs, grid: of `read_training_inputs` and `join`; by default read and joined now. ValueError or FileNotFoundError,
+    each one clear line, for input that cannot be used: before any collective where every rank can tell on its own.
     """
     grpo, model = config.trainer.grpo, config.model
-    inputs = inputs or read_inputs(config)
-    train, validation, sources, curriculum = inputs.train, inputs.validation, inputs.sources, inputs.curriculum
+    inputs = inputs or read_training_inputs(config)
+    train, sources, curriculum = inputs.train, inputs.sources, inputs.curriculum
     grid = grid or join(config)
     actor = MegatronGPTGRPOActor(config, grid)
     log_dir, manager = pathlib.Path(config.exp_manager.explicit_log_dir), config.exp_manager
-    _check_lengths(config, actor, train, validation)
-    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
+    longest = inputs.check_lengths(model.grpo.length_params.max_length)
+    schema.check_budget(config, longest["train"])
+    replica = grid.replica
     cluster = connect(config, grid.rank, grid.device)
     generators = make_generators(config, actor, inputs.tokenizer, replica, cluster)
     updates = grpo.num_prompts_per_grpo_step * grpo.samples_per_prompt // model.global_batch_size
@@ -100,7 +100,7 @@ def build_trainer(
         ),
         validator=generators.validation,
         dataset=train,
-        validation=validation,
+        validation=inputs.validation,
         curriculum=curriculum,
         replica=replica,
         course=Course(
@@ -134,23 +134,6 @@ def make_scorer(config: Config, sources: list[str], replica: Replica, cluster: C
         if cluster is not None:
             judges = RayRewardPool(cluster, config.model.data.rewards, sources, actors=actors, **options)
     return SharedScorer(judges, sources, replica)
-
-
-def _check_lengths(
-    config: Config, actor: MegatronGPTGRPOActor, train: PromptDataset, validation: PromptDataset | None
-) -> None:
-    """Prompt and completion must fit the model's positions, and a micro-batch. Tokenises every prompt, once."""
-    trained = train.check_lengths()
-    schema.check_budget(config, trained)
-    longest, limit = trained, config.model.grpo.length_params.max_length
-    if validation is not None:
-        longest = max(longest, validation.check_lengths())
-    positions = actor.arch.hf.max_position_embeddings
-    if longest + limit > positions:
-        raise ConfigError(
-            f"model.grpo.length_params.max_length={limit}: with the longest prompt, {longest} tokens, it exceeds the "
-            f"model's {positions} positions; lower it"
-        )
 
 
 def make_sampler(config: Config, curriculum: Curriculum, grid: parallel.Parallel) -> MegatronCurriculumBatchSampler:

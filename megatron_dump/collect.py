@@ -38,17 +38,11 @@ class Rollouts:
 
     def __add__(self, other: Rollouts) -> Rollouts:
         """With a later round of the same step."""
-        ours, theirs = self.outcomes, other.outcomes
-        columns = {
-            field.name: np.concatenate([getattr(ours, field.name), getattr(theirs, field.name)])
-            for field in dataclasses.fields(Outcomes)
-            if field.name != "step"
-        }
         return Rollouts(
             {**self.prompts, **other.prompts},
             self.completions + other.completions,
             self.scores + other.scores,
-            Outcomes(step=ours.step, **columns),
+            Outcomes.joined([self.outcomes, other.outcomes]),
             np.concatenate([self.rejected, other.rejected]),
             self.refills + 1,
             self.tokens_before,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,18 +12,14 @@ import numpy as np
 
 from megatron_dump import estimates, evaluate
 from megatron_dump.actor import parallel
-from megatron_dump.actor.architecture import read_architecture
-from megatron_dump.actor.layout import check_layout, check_model, check_run, layout_of
 from megatron_dump.actor.policy import check_checkpoint, load_policy
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.config.evaluate_schema import EvaluateConfig
-from megatron_dump.data import PromptDataset
 from megatron_dump.distributed import Replica, all_gather_array
 from megatron_dump.evaluate import Sampled
 from megatron_dump.gather import gather_rows
 from megatron_dump.generators import sampling_options, weights_generator
-from megatron_dump.inputs import keep_prompts, load_data, load_tokenizer
-from megatron_dump.rewards import reward_functions
+from megatron_dump.inputs import PromptFiles, read_inputs, validation_files
 from megatron_dump.scoring import Scorer
 from megatron_dump.types import Outcomes
 
@@ -42,29 +37,21 @@ def evaluate_policy(
     tell: is given a line on each part that begins; on_progress: how many of the part's completions are done on this
     rank, and of how many. ValueError or OSError for input that cannot be used.
     """
-    layout, world_size = layout_of(config.model), int(os.environ.get("WORLD_SIZE", "1"))
-    replicas = check_layout(layout, world_size)
-    path = config.pretrained_checkpoint.restore_from_path
-    arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
-    check_model(arch, layout)
-    check_run(config, layout, replicas, arch.experts is not None)
-    tokenizer = load_tokenizer(path)
-    datasets = _read(config, wanted, tokenizer, arch.hf.max_position_embeddings)
-    sources = sorted({source for dataset in datasets.values() for source in dataset.sources})
-    reward_functions(config.model.data.rewards, sources)  # tells what is wrong with them
+    inputs = read_inputs(config, _prompt_files(config, wanted), on_any_ranks=True)
+    inputs.check_lengths(config.model.grpo.length_params.max_length)
     if wanted.checkpoint is not None:
         check_checkpoint(wanted.checkpoint, config.trainer.precision)
-    grid = parallel.initialize(layout, config.model.seed, config.trainer.collective_timeout_s)
+    grid = parallel.initialize(inputs.layout, config.model.seed, config.trainer.collective_timeout_s)
     policy = load_policy(config, grid, wanted.checkpoint)
-    options = sampling_options(config, policy, tokenizer)
-    generator = weights_generator(config, policy, tokenizer, options, on_progress)
+    options = sampling_options(config, policy, inputs.tokenizer)
+    generator = weights_generator(config, policy, inputs.tokenizer, options, on_progress)
     tell(generator.notice)
-    replica = Replica(grid.data_rank, grid.data_size, grid.data_group, grid.device, grid.replica_group)
+    replica = grid.replica
     workers = {k: v for k, v in vars(config.model.data.reward_workers).items() if k != "ray_actors"}
-    scorer = Scorer(config.model.data.rewards, sources, replica, **workers)
+    scorer = Scorer(config.model.data.rewards, inputs.sources, replica, **workers)
     files: dict[str, Any] = {}
     try:
-        for name, dataset in datasets.items():
+        for name, dataset in inputs.datasets.items():
             files[name] = {"fingerprint": dataset.fingerprint, "prompts": len(dataset), "modes": {}}
             for mode in wanted.modes:
                 n = 1 if mode == "greedy" else wanted.samples_per_prompt
@@ -82,6 +69,7 @@ def evaluate_policy(
         "sampling": dataclasses.asdict(options),
     }
     checkpoint = None if wanted.checkpoint is None else str(pathlib.Path(wanted.checkpoint).resolve())  # a link's own
+    path = config.pretrained_checkpoint.restore_from_path
     return {"model": path, "checkpoint": checkpoint, "settings": settings, "files": files}
 
 
@@ -172,25 +160,15 @@ def _with_intervals(values: Mapping[str, float], drawn: np.ndarray, confidence: 
     return table
 
 
-def _read(config: Config, wanted: EvaluateConfig, tokenizer: Any, positions: int) -> dict[str, PromptDataset]:
-    """Name -> prompts. ConfigError where a prompt and its completion exceed the model's positions."""
+def _prompt_files(config: Config, wanted: EvaluateConfig) -> dict[str, PromptFiles]:
+    """Name -> files: the run's validation, or each file that `wanted` names."""
     if wanted.files is None:
-        parts = {"validation": config.model.data.validation_files}
-        n, key = config.trainer.grpo.val_num_prompts_per_grpo_step, "model.data.validation_files"
+        files = {"validation": validation_files(config)}
+    elif len({pathlib.Path(file).resolve() for file in wanted.files}) < len(wanted.files):
+        raise ConfigError(f"evaluate.files={wanted.files}: a file comes twice; name it once")
     else:
-        n, key = None, "evaluate.files"
-        parts = {file: [file] for file in wanted.files}
-        if len({pathlib.Path(file).resolve() for file in wanted.files}) < len(wanted.files):
-            raise ConfigError(f"evaluate.files={wanted.files}: a file comes twice; name it once")
-    datasets, limit = {}, config.model.grpo.length_params.max_length
-    for name, files in parts.items():
-        datasets[name] = dataset = load_data(config, tokenizer, files, key)
-        count, count_key = (wanted.num_prompts, "evaluate.num_prompts") if wanted.num_prompts else (n, None)
-        keep_prompts(dataset, count, *filter(None, [count_key]))
-        longest = dataset.check_lengths()
-        if longest + limit > positions:
-            raise ConfigError(
-                f"model.grpo.length_params.max_length={limit}: with the longest prompt of {name}, {longest} tokens, it "
-                f"exceeds the model's {positions} positions; lower it"
-            )
-    return datasets
+        files = {file: PromptFiles([file], "evaluate.files") for file in wanted.files}
+    if not wanted.num_prompts:
+        return files
+    limit: dict[str, Any] = {"keep": wanted.num_prompts, "keep_key": "evaluate.num_prompts"}
+    return {name: dataclasses.replace(of_set, **limit) for name, of_set in files.items()}

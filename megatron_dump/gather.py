@@ -13,22 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dump.distributed import all_gather_array
-from megatron_dump.types import Completion, Outcomes
-
-_COLUMNS = {  # of Outcomes, as gathered
-    "group_ids": np.int64,
-    "samples": np.int64,
-    "prompt_ids": np.int64,
-    "source_ids": np.int64,
-    "rewards": np.float64,
-    "advantages": np.float64,
-    "correct": np.bool_,
-    "well_formed": np.bool_,
-    "lengths": np.int64,
-    "finished": np.bool_,
-    "kept": np.bool_,
-    "ages": np.int64,
-}
+from megatron_dump.types import OUTCOME_COLUMNS, Completion, Outcomes
 
 
 def gather_outcomes(
@@ -40,7 +25,8 @@ def gather_outcomes(
     ValueError on every rank if ranks are at different steps or a (group_id, sample) comes twice, as it does when
     `group` is not the data-parallel one.
     """
-    table = np.stack([np.asarray(getattr(local, name), np.float64) for name in _COLUMNS], axis=1)  # [N_local, 12]
+    columns = [np.asarray(getattr(local, name), np.float64) for name in OUTCOME_COLUMNS]
+    table = np.stack(columns, axis=1)  # [N_local, 12]
     sizes = all_gather_array(np.array([len(table), local.step]), group, device)  # [ranks, 2]
     if np.any(sizes[:, 1] != sizes[0, 1]):
         raise ValueError(f"gather_outcomes: the ranks are at different steps: {sizes[:, 1].tolist()}")
@@ -50,7 +36,7 @@ def gather_outcomes(
     if repeated.any():
         group_id, sample = rows[1:][repeated][0, :2].astype(int)
         raise ValueError(f"gather_outcomes: sample {sample} of group {group_id} came from two ranks")
-    return Outcomes(step=local.step, **{n: rows[:, i].astype(d) for i, (n, d) in enumerate(_COLUMNS.items())})
+    return Outcomes.of(local.step, **dict(zip(OUTCOME_COLUMNS, rows.T, strict=True)))
 
 
 def gather_rows(
@@ -66,7 +52,7 @@ def gather_rows(
 def digest(outcomes: Outcomes) -> str:
     """SHA-256 (hex) of the step and of every column, bit for bit."""
     whole = hashlib.sha256(np.int64(outcomes.step).tobytes())
-    for name in _COLUMNS:
+    for name in OUTCOME_COLUMNS:
         whole.update(getattr(outcomes, name).tobytes())
     return whole.hexdigest()
 

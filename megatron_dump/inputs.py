@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -19,36 +20,94 @@ from megatron_dump.rewards import reward_functions
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptFiles:
+    """Parquet files that make one data set."""
+
+    paths: list[str]
+    key: str  # of the configuration, for errors
+    keep: int | None = None  # rows, taken from all sources alike; None: all
+    keep_key: str = "trainer.grpo.val_num_prompts_per_grpo_step"
+
+
+@dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Read and checked."""
+    """What training and an evaluation read, checked."""
 
+    layout: Layout
+    positions: int  # of the model: a prompt and its completion have no more tokens together
     tokenizer: PreTrainedTokenizerFast
-    train: PromptDataset
-    validation: PromptDataset | None
-    sources: list[str]  # of both
-    curriculum: Curriculum  # over `train`'s rows
+    datasets: dict[str, PromptDataset]
+    sources: list[str]  # of all data sets
+
+    def check_lengths(self, max_length: int) -> dict[str, int]:
+        """Tokenise every prompt: the longest one's tokens in each data set.
+
+        ConfigError where such a prompt with a completion of `max_length` tokens exceeds the model's positions.
+        """
+        longest = {name: dataset.check_lengths() for name, dataset in self.datasets.items()}
+        for name, tokens in longest.items():
+            if tokens + max_length > self.positions:
+                raise ConfigError(
+                    f"model.grpo.length_params.max_length={max_length}: with the longest prompt of {name}, {tokens} "
+                    f"tokens, it exceeds the model's {self.positions} positions; lower it"
+                )
+        return longest
 
 
-def read_inputs(config: Config) -> Inputs:
-    """No collective. ValueError or FileNotFoundError, each one clear line, for input that cannot be used."""
-    data = config.model.data
-    checked_layout(config)
+@dataclasses.dataclass(frozen=True)
+class TrainingInputs(Inputs):
+    """What training reads."""
+
+    curriculum: Curriculum  # over the rows of `train`
+
+    @property
+    def train(self) -> PromptDataset:
+        return self.datasets["train"]
+
+    @property
+    def validation(self) -> PromptDataset | None:
+        return self.datasets.get("validation")
+
+
+def read_inputs(config: Config, files: Mapping[str, PromptFiles], *, on_any_ranks: bool = False) -> Inputs:
+    """No collective. ValueError or FileNotFoundError, each one clear line, for input that cannot be used.
+
+    files: those of each data set, by name; on_any_ranks: however many were started, where training wants those that
+    are configured.
+    """
+    layout, _, arch = check_all(config, _world_size(), on_any_ranks)
     tokenizer = load_tokenizer(config.pretrained_checkpoint.restore_from_path)
-    train = load_data(config, tokenizer, data.train_files, "model.data.train_files")
+    datasets = {name: _load(config, tokenizer, of_set) for name, of_set in files.items()}
+    sources = sorted({source for dataset in datasets.values() for source in dataset.sources})
+    reward_functions(config.model.data.rewards, sources)  # tells what is wrong with them
+    return Inputs(layout, arch.hf.max_position_embeddings, tokenizer, datasets, sources)
+
+
+def read_training_inputs(config: Config) -> TrainingInputs:
+    """As read_inputs; the steps of `trainer.grpo.max_epochs` are counted, and the curriculum is made."""
+    files = {"train": PromptFiles(config.model.data.train_files, "model.data.train_files")}
+    if config.model.data.validation_files:
+        files["validation"] = validation_files(config)
+    inputs = read_inputs(config, files)
+    train = inputs.datasets["train"]
     schema.bound_steps(config, len(train))
-    validation = None
-    if data.validation_files:
-        validation = load_data(config, tokenizer, data.validation_files, "model.data.validation_files")
-        keep_prompts(validation, config.trainer.grpo.val_num_prompts_per_grpo_step)
-    _check_monitors(config, train, validation)
-    sources = sorted({*train.sources, *(validation.sources if validation else ())})
-    reward_functions(data.rewards, sources)  # tells what is wrong with them
-    return Inputs(tokenizer, train, validation, sources, make_curriculum(config, train))
+    _check_monitors(config, train, inputs.datasets.get("validation"))
+    return TrainingInputs(**vars(inputs), curriculum=make_curriculum(config, train))
+
+
+def validation_files(config: Config) -> PromptFiles:
+    """Those of a run's validation."""
+    data, rows = config.model.data, config.trainer.grpo.val_num_prompts_per_grpo_step
+    return PromptFiles(data.validation_files, "model.data.validation_files", rows)
 
 
 def checked_layout(config: Config) -> Layout:
     """How the ranks that were started are to split the model of config.json; what does not go together is refused."""
-    return check_all(config, int(os.environ.get("WORLD_SIZE", "1")))[0]
+    return check_all(config, _world_size())[0]
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -66,8 +125,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[str], key: str) -> PromptDataset:
-    """Parquet files as prompts, chat template applied."""
+def _load(config: Config, tokenizer: PreTrainedTokenizerFast, files: PromptFiles) -> PromptDataset:
+    """Parquet files as prompts, chat template applied. ConfigError where a source would keep no row."""
 
     def encode(messages: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -75,7 +134,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, files: list[st
 
     longest = config.model.data.max_prompt_length
     source_key = config.trainer.grpo.curriculum.source_key
-    return PromptDataset(files, source_key, encode=encode, max_prompt_length=longest, key=key)
+    dataset = PromptDataset(files.paths, source_key, encode=encode, max_prompt_length=longest, key=files.key)
+    if files.keep is not None:
+        try:
+            dataset.keep(files.keep)
+        except ValueError as error:
+            raise ConfigError(f"{files.keep_key}={files.keep}: {error}") from None
+    return dataset
 
 
 def make_curriculum(config: Config, train: PromptDataset) -> Curriculum:
@@ -96,17 +161,6 @@ def make_curriculum(config: Config, train: PromptDataset) -> Curriculum:
 def blocks_of(curriculum: CurriculumConfig) -> dict[str, Any]:
     """What the Curriculum is made of; the rest of the section concerns the data and the resume."""
     return {k: v for k, v in vars(curriculum).items() if k not in ("source_key", "resume_changed")}
-
-
-def keep_prompts(
-    dataset: PromptDataset, n: int | None, key: str = "trainer.grpo.val_num_prompts_per_grpo_step"
-) -> None:
-    """Keep n rows, None: all. ConfigError names `key` where a source would get none."""
-    if n is not None:
-        try:
-            dataset.keep(n)
-        except ValueError as error:
-            raise ConfigError(f"{key}={n}: {error}") from None
 
 
 def monitored(config: Config) -> tuple[str | None, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import sys
@@ -10,29 +9,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+from megatron_dump.engine_options import RayOptions
+
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclasses.dataclass(frozen=True)
-class RayOptions:
-    """`trainer.grpo.inference_backend.ray`."""
-
-    address: str | None = None  # of a running cluster, or auto; None: RAY_ADDRESS, or else one of this run's own
-    num_cpus: int | None = None  # of a cluster of this run's own; None: the machine's
-    object_store_memory_mb: int = 200  # of such a cluster
-    temp_dir: str | None = None  # of such a cluster: its sessions' sockets and logs; None: Ray's, /tmp/ray
-    cpus_per_engine: float = 1.0
-    gpus_per_engine: float | None = None  # None: vLLM's tensor_parallel_size where there are GPUs, else 0
-    strategy: str = "SPREAD"  # of engines over nodes; each engine is on one node
-    start_timeout_s: float = 300.0  # for a reservation, and for an engine to come up
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"ray.strategy={self.strategy}: one of {', '.join(STRATEGIES)}")
-        for key in ("cpus_per_engine", "start_timeout_s", "object_store_memory_mb"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"ray.{key}={getattr(self, key)}: must be above 0")
 
 
 class Cluster:

@@ -74,20 +74,20 @@ def local_outcomes(
     place = {name: k for k, name in enumerate(sources)}
     mine = [prompts[c.group_id] for c in completions]
     rewards = np.array([s.reward for s in scores], np.float64)
-    return Outcomes(
+    return Outcomes.of(
         step=step,
-        group_ids=np.array([c.group_id for c in completions], np.int64),
-        samples=np.array([c.sample for c in completions], np.int64),
-        prompt_ids=np.array([p.index for p in mine], np.int64),
-        source_ids=np.array([place[p.source] for p in mine], np.int64),
+        group_ids=[c.group_id for c in completions],
+        samples=[c.sample for c in completions],
+        prompt_ids=[p.index for p in mine],
+        source_ids=[place[p.source] for p in mine],
         rewards=rewards,
         advantages=np.full(len(rewards), np.nan),
-        correct=np.array([s.correct for s in scores], bool),
-        well_formed=np.array([s.well_formed for s in scores], bool),
-        lengths=np.array([len(c.token_ids) for c in completions], np.int64),
-        finished=np.array([c.finished for c in completions], bool),
+        correct=[s.correct for s in scores],
+        well_formed=[s.well_formed for s in scores],
+        lengths=[len(c.token_ids) for c in completions],
+        finished=[c.finished for c in completions],
         kept=np.isfinite(rewards),
-        ages=np.array(ages or [0] * len(mine), np.int64),
+        ages=ages or [0] * len(mine),
     )
 
 

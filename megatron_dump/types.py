@@ -6,7 +6,8 @@ Suffixes in shapes: P prompts of a step, G rollouts of a group, N rollouts of a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,58 @@ class Outcomes:
     finished: np.ndarray  # bool [N]
     kept: np.ndarray  # bool [N], trained on: neither rejected by the filter nor without a finite reward
     ages: np.ndarray  # int64 [N], training steps between the generating weights and those of now; 0 when synchronous
+
+    @staticmethod
+    def of(step: int, **columns: Any) -> Outcomes:
+        """From a sequence for every column, copied into an array of the column's type."""
+        return Outcomes(step, **{name: np.array(columns[name], kind) for name, kind in OUTCOME_COLUMNS.items()})
+
+    @staticmethod
+    def joined(parts: Sequence[Outcomes]) -> Outcomes:
+        """The rollouts of several rounds of one step, in the order of `parts`."""
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in OUTCOME_COLUMNS}
+        return Outcomes(parts[0].step, **columns)
+
+    def take(self, rows: np.ndarray) -> Outcomes:
+        """Some of the rollouts. rows: positions, or a mask bool [N]."""
+        return Outcomes(self.step, **{name: getattr(self, name)[rows] for name in OUTCOME_COLUMNS})
+
+
+# The columns of Outcomes in the order of its fields, and what each holds. This order is that of the log's JSON, of the
+# table that ranks gather and of the digest that they compare.
+OUTCOME_COLUMNS: dict[str, type[np.generic]] = {
+    "group_ids": np.int64,
+    "samples": np.int64,
+    "prompt_ids": np.int64,
+    "source_ids": np.int64,
+    "rewards": np.float64,
+    "advantages": np.float64,
+    "correct": np.bool_,
+    "well_formed": np.bool_,
+    "lengths": np.int64,
+    "finished": np.bool_,
+    "kept": np.bool_,
+    "ages": np.int64,
+}
+
+_GROUP_BITS, _SAMPLE_BITS = 20, 12  # 32 bits together; checkpoints hold packed places, so these stay as they are
+
+
+def pack_places(group_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """int64 [N] below 2^32: each rollout's place in its step, ordered by group id, then sample.
+
+    A step has at most 2^20 groups, a group at most 2^12 = 4096 rollouts. ValueError beyond: two rollouts must not
+    share a place.
+    """
+    for name, values, bits in (("group id", group_ids, _GROUP_BITS), ("sample", samples, _SAMPLE_BITS)):
+        if values.size and not 0 <= values.min() <= values.max() < 1 << bits:
+            raise ValueError(f"{name}s from {values.min()} to {values.max()}: they must be in 0..{(1 << bits) - 1}")
+    return group_ids << _SAMPLE_BITS | samples
+
+
+def groups_of(places: np.ndarray) -> np.ndarray:
+    """int64 [N]: the group ids that `pack_places` was given."""
+    return places >> _SAMPLE_BITS
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ PACKAGE = "megatron_dump"
 
 LOW = {
     "types",
+    "engine_options",
     "config",
     "curriculum",
     "rewards",
@@ -43,9 +44,10 @@ LAYER_3 = {"actor", "rollout", "weight_sync"}
 UNITS: dict[str, set[str]] = {
     "types": set(),
     "protocols": {"types"},
-    "config": set(),
+    "engine_options": set(),
+    "config": {"engine_options"},
     "curriculum": {"types"},
-    "ray_cluster": set(),
+    "ray_cluster": {"engine_options"},
     "rewards": {"types", "ray_cluster"},
     "data": {"types"},
     "advantages": set(),
@@ -65,8 +67,8 @@ UNITS: dict[str, set[str]] = {
     "monitor": {"types", "console"},
     "report": {"types", "config"},  # the defaults that a run changed
     "actor": {"types", "config", "distributed", "grpo"},
-    "rollout": {"types", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
-    "weight_sync": {"types", "distributed", "grpo"},
+    "rollout": {"types", "engine_options", "distributed", "gather", "grpo", "actor", "weight_sync", "ray_cluster"},
+    "weight_sync": {"types", "engine_options", "distributed", "grpo"},
     "collect": LOW | LAYER_3,
     "kl_reward": {"types", "distributed", "grpo", "batches", "collect"},
     "course": {"types", "distributed", "events", "monitor", "early_stopping", "stopping", "protocols"},
@@ -87,6 +89,7 @@ PURE = {"advantages", "kl", "grpo"}  # no collectives
 THIRD_PARTY: dict[str, set[str]] = {
     "types": {"numpy"},
     "protocols": {"numpy"},
+    "engine_options": set(),  # vLLM's environment imports it
     "config": {"omegaconf", "numpy"},
     "curriculum": {"numpy"},
     "ray_cluster": {"ray"},

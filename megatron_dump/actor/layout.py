@@ -216,11 +216,15 @@ def _check_shared_prompts(model: ModelConfig, layout: Layout, has_experts: bool)
             )
 
 
-def check_all(config: Config, world_size: int) -> tuple[Layout, int, Architecture]:
-    """The layout of `world_size` ranks, its replicas, and the model of config.json; ConfigError for what cannot run."""
+def check_all(config: Config, world_size: int, on_any_ranks: bool = False) -> tuple[Layout, int, Architecture]:
+    """The layout of `world_size` ranks, its replicas, and the model of config.json; ConfigError for what cannot run.
+
+    on_any_ranks: `world_size` need not be the configured one, as for an evaluation.
+    """
     layout = layout_of(config.model)
     replicas = check_layout(layout, world_size)
-    check_world(config, world_size, replicas)
+    if not on_any_ranks:
+        check_world(config, world_size, replicas)
     path = config.pretrained_checkpoint.restore_from_path
     arch = read_architecture(path, config.model.make_vocab_size_divisible_by, layout.tensor)
     check_model(arch, layout)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dump.actor import platform
 from megatron_dump.actor.layout import Layout, check_layout
-from megatron_dump.distributed import all_gather_array
+from megatron_dump.distributed import Replica, all_gather_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Parallel:
     expert_tensor_rank: int
     expert_tensor_size: int
     expert_tensor_group: dist.ProcessGroup  # the ranks that share an expert
+
+    @property
+    def replica(self) -> Replica:
+        return Replica(self.data_rank, self.data_size, self.data_group, self.device, self.replica_group)
 
     @property
     def is_first_stage(self) -> bool:

@@ -3,7 +3,7 @@
 from megatron_dump.config.checks import check_budget, check_world, validate
 from megatron_dump.config.durations import seconds_of
 from megatron_dump.config.reading import known_keys, lasting, load, refuse_changes, unknown_key
-from megatron_dump.config.rollout_schema import InferenceBackendConfig, PoolConfig, RayConfig, WeightSyncConfig
+from megatron_dump.config.rollout_schema import InferenceBackendConfig
 from megatron_dump.config.schedule_checks import bound_steps
 from megatron_dump.config.schema import (
     ADVANTAGE_ESTIMATORS,
@@ -51,14 +51,11 @@ __all__ = [
     "ModelConfig",
     "ModelGRPOConfig",
     "OptimConfig",
-    "PoolConfig",
     "PretrainedCheckpoint",
-    "RayConfig",
     "RewardWorkersConfig",
     "SamplingParams",
     "SchedConfig",
     "TrainerConfig",
-    "WeightSyncConfig",
     "bound_steps",
     "check_budget",
     "check_world",

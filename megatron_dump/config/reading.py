@@ -38,6 +38,8 @@ def load(raw: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         hint = "; give a list: [file.parquet]" if "ListConfig" in str(error) else ""
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}{hint}") from None
+    except ValueError as error:  # of options that check themselves
+        raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
     validate(config)
     return config

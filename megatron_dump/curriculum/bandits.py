@@ -10,7 +10,7 @@ import numpy as np
 from megatron_dump.curriculum.estimators import LARGEST, LearnabilityEstimator
 from megatron_dump.curriculum.registry import check_number
 from megatron_dump.curriculum.source_policy import IndependentSlots, SourceSetting, softmax
-from megatron_dump.types import Outcomes
+from megatron_dump.types import Outcomes, pack_places
 
 
 class Learner(IndependentSlots):
@@ -131,7 +131,7 @@ class DumpUCB(Learner):
 
     def observe(self, outcomes: Outcomes) -> None:
         self._advance(outcomes.step)
-        places = outcomes.group_ids << 12 | outcomes.samples  # the step's own order, however its outcomes arrive
+        places = pack_places(outcomes.group_ids, outcomes.samples)  # the step's own order, however its outcomes arrive
         self._estimator.observe(outcomes.source_ids, outcomes.advantages, outcomes.ages, self._latest_step, places)
 
     def state_dict(self) -> dict[str, np.ndarray]:

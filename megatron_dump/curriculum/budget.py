@@ -48,28 +48,22 @@ class Fixed:
 class Neyman:
     """CurES (arXiv 2510.01037, Eq. 15-21): n_i proportional to sigma_i, the deviation of one rollout's gradient.
 
-    sigma = sqrt(p(1-p)) with form="proxy". form="gradient" wants sigma from `neyman_sigma` in every call, and refuses
-    a call without it. Shares are held in [n_min, n_max] and rounded to largest remainders; the paper has no limits, so
-    that p near 0 or 1 rounds to no rollout at all. n_max=None means 4 * samples_per_prompt.
+    sigma is the proxy sqrt(p(1-p)): Eq. 20 itself needs moments of gradients, which nothing here measures. Shares are
+    held in [n_min, n_max] and rounded to largest remainders; the paper has no limits, so that p near 0 or 1 rounds to
+    no rollout at all. n_max=None means 4 * samples_per_prompt. `form` has one value left: checkpoints and logs name it.
     """
 
     uses_pass_rates = True
 
     def __init__(self, samples_per_prompt: int, *, n_min: int = 2, n_max: int | None = None, form: str = "proxy"):
-        if form not in ("proxy", "gradient"):
-            raise ValueError(f"{ROOT}.budget.form: {form!r} is unknown; known: gradient, proxy")
+        if form != "proxy":
+            gone = "it is gone, nothing measured gradients for it" if form == "gradient" else "it is unknown"
+            raise ValueError(f"{ROOT}.budget.form: {form!r}: {gone}; write proxy, or leave it out")
         self._n_min, self._n_max = _limits(samples_per_prompt, n_min, n_max)
-        self._form = form
 
-    def allot(self, pass_rates: np.ndarray | None, total: int, *, sigma: np.ndarray | None = None) -> np.ndarray:
-        """See Budget; `sigma`, float64 [P], finite and >= 0, replaces the proxy."""
-        if sigma is None:
-            if self._form == "gradient":
-                needs = "needs every prompt's gradient moments, which this run does not measure; use form: proxy"
-                raise ValueError(f"{ROOT}.budget.form: 'gradient' {needs}")
-            p = _checked(pass_rates)
-            sigma = np.sqrt(p * (1.0 - p))
-        return largest_remainder(bounded_shares(sigma, total, self._n_min, self._n_max), total)
+    def allot(self, pass_rates: np.ndarray | None, total: int) -> np.ndarray:
+        p = _checked(pass_rates)
+        return largest_remainder(bounded_shares(np.sqrt(p * (1.0 - p)), total, self._n_min, self._n_max), total)
 
 
 class Knapsack:
@@ -88,24 +82,6 @@ class Knapsack:
         return knapsack(_checked(pass_rates), total, self._n_min, self._n_max)
 
 
-def neyman_sigma(p: np.ndarray, sq_right: np.ndarray, sq_wrong: np.ndarray, sq_difference: np.ndarray) -> np.ndarray:
-    """float64 [P]: CurES Eq. 20, the standard deviation of one rollout's gradient (r - p) g, with g = grad log pi.
-
-    p              [P], pass rates
-    sq_right       [P], E[|g|^2 | r = 1];  sq_wrong likewise for r = 0
-    sq_difference  [P], |E[g | r = 1] - E[g | r = 0]|^2
-
-    The root of the covariance's trace, whatever g is: with q = 1 - p, E|(r-p) g|^2 = p q^2 sq_right + q p^2 sq_wrong,
-    less the square of E[(r-p) g] = p q (E[g|1] - E[g|0]). 0 where p is 0 or 1, even if the moments of the class that
-    never occurs are NaN; 0 also where estimates of the moments contradict each other (a negative variance).
-    """
-    p = np.asarray(p, np.float64)
-    pq = p * (1.0 - p)
-    with np.errstate(invalid="ignore"):
-        variance = pq * ((1.0 - p) * sq_right + p * sq_wrong - pq * sq_difference)
-    return np.sqrt(np.where(pq == 0.0, 0.0, np.maximum(variance, 0.0)))
-
-
 def bounded_shares(sigma: np.ndarray, total: int, n_min: int, n_max: int) -> np.ndarray:
     """float64 [P]: clip(c * sigma, n_min, n_max), with the c that makes them sum to `total` (up to rounding errors).
 
@@ -115,7 +91,7 @@ def bounded_shares(sigma: np.ndarray, total: int, n_min: int, n_max: int) -> np.
     """
     sigma = np.asarray(sigma, np.float64)
     _require_fits(len(sigma), total, n_min, n_max)
-    _require(np.isfinite(sigma) & (sigma >= 0.0), sigma, "sigma", "finite and >= 0; check the moments it is made of")
+    _require(np.isfinite(sigma) & (sigma >= 0.0), sigma, "sigma", "finite and >= 0")
     if not sigma.any() or total in (len(sigma) * n_min, len(sigma) * n_max):
         return np.full(len(sigma), total / max(len(sigma), 1))
     order = np.argsort(sigma, kind="stable")  # all sums are over this order: that of the prompts changes no bit

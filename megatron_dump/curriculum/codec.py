@@ -12,20 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dump.types import Draw, Outcomes
+from megatron_dump.types import OUTCOME_COLUMNS, Draw, Outcomes
 
-OUTCOME_COLUMNS: dict[str, type] = {
-    "samples": int,
-    "prompt_ids": int,
-    "source_ids": int,
-    "rewards": float,
-    "advantages": float,
-    "correct": bool,
-    "well_formed": bool,
-    "lengths": int,
-    "finished": bool,
-    "kept": bool,
-}
 _ZERO = np.uint8(ord("0"))
 
 
@@ -37,7 +25,7 @@ def draw_to_json(draw: Draw) -> dict[str, Any]:
         "train": bool(draw.train),
         "prompt_ids": np.asarray(draw.prompt_ids, np.int64).tolist(),
         "source_ids": np.asarray(draw.source_ids, np.int64).tolist(),
-        "rollouts": _pack(draw.rollouts, int),
+        "rollouts": _pack(draw.rollouts, np.int64),
         "weights": floats_to_json(draw.weights),
     }
 
@@ -45,7 +33,9 @@ def draw_to_json(draw: Draw) -> dict[str, Any]:
 def draw_from_json(row: Mapping[str, Any]) -> Draw:
     """The Draw that `draw_to_json` was given. ValueError for columns of different lengths."""
     n = len(row["prompt_ids"])
-    prompt_ids, source_ids, rollouts = (_unpack(row, name, int, n) for name in ("prompt_ids", "source_ids", "rollouts"))
+    prompt_ids, source_ids, rollouts = (
+        _unpack(row, name, np.int64, n) for name in ("prompt_ids", "source_ids", "rollouts")
+    )
     weights = floats_from_json(row["weights"])
     return Draw(row["step"], prompt_ids, source_ids, rollouts, weights, row["first_group"], row["train"])
 
@@ -53,17 +43,16 @@ def draw_from_json(row: Mapping[str, Any]) -> Draw:
 def outcomes_to_json(outcomes: Outcomes) -> dict[str, Any]:
     """`step` counts from 0, as in the Outcomes; `ages` only where some rollout is older than 0."""
     columns = {name: _pack(getattr(outcomes, name), kind) for name, kind in OUTCOME_COLUMNS.items()}
-    groups = np.asarray(outcomes.group_ids, np.int64).tolist()  # never compact: it tells how many rollouts there are
-    ages = {"ages": _pack(outcomes.ages, int)} if np.any(outcomes.ages) else {}
-    return {"step": int(outcomes.step), "group_ids": groups, **columns, **ages}
+    columns["group_ids"] = np.asarray(outcomes.group_ids, np.int64).tolist()  # its length is the number of rollouts
+    if not np.any(outcomes.ages):
+        del columns["ages"]
+    return {"step": int(outcomes.step), **columns}
 
 
 def outcomes_from_json(row: Mapping[str, Any]) -> Outcomes:
     """The Outcomes that `outcomes_to_json` was given. ValueError for columns of different lengths."""
-    n = len(row["group_ids"])
-    columns = {name: _unpack(row, name, kind, n) for name, kind in OUTCOME_COLUMNS.items()}
-    ages = _unpack(row, "ages", int, n) if "ages" in row else np.zeros(n, np.int64)
-    return Outcomes(step=row["step"], group_ids=_unpack(row, "group_ids", int, n), **columns, ages=ages)
+    n, row = len(row["group_ids"]), {"ages": 0, **row}
+    return Outcomes(row["step"], **{name: _unpack(row, name, kind, n) for name, kind in OUTCOME_COLUMNS.items()})
 
 
 def floats_to_json(values: np.ndarray | Sequence[float]) -> list[float | str | None]:
@@ -79,23 +68,23 @@ def floats_from_json(values: Sequence[float | str | None]) -> np.ndarray:
     return np.array([math.nan if v is None else float(v) for v in values], np.float64)
 
 
-def _pack(column: np.ndarray, kind: type) -> Any:
-    array = np.asarray(column, {bool: np.bool_, int: np.int64, float: np.float64}[kind])
-    bits = array.view(np.int64) if kind is float else array  # bits: 0.0 equals -0.0, and NaN not itself
+def _pack(column: np.ndarray, kind: type[np.generic]) -> Any:
+    array = np.asarray(column, kind)
+    bits = array.view(np.int64) if kind is np.float64 else array  # bits: 0.0 equals -0.0, and NaN not itself
     constant = array.size > 0 and bool(np.all(bits == bits[0]))
-    if kind is bool:
+    if kind is np.bool_:
         return bool(array[0]) if constant else (array + _ZERO).tobytes().decode()
-    values = floats_to_json(array[:1] if constant else array) if kind is float else array.tolist()
+    values = floats_to_json(array[:1] if constant else array) if kind is np.float64 else array.tolist()
     return values[0] if constant else values
 
 
-def _unpack(row: Mapping[str, Any], name: str, kind: type, n: int) -> np.ndarray:
+def _unpack(row: Mapping[str, Any], name: str, kind: type[np.generic], n: int) -> np.ndarray:
     packed = row[name]
-    if kind is bool:
+    if kind is np.bool_:
         values = np.frombuffer(packed.encode(), np.uint8) > _ZERO if isinstance(packed, str) else np.full(n, packed)
     else:
         values = packed if isinstance(packed, list) else [packed] * n
-        values = floats_from_json(values) if kind is float else np.array(values, np.int64)
+        values = floats_from_json(values) if kind is np.float64 else np.array(values, np.int64)
     if len(values) != n:
         raise ValueError(f"{name} has {len(values)} values for {n} rows")
     return values

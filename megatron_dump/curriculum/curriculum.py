@@ -14,7 +14,7 @@ from megatron_dump.curriculum import resume
 from megatron_dump.curriculum.blocks import describe_blocks
 from megatron_dump.curriculum.decision_log import draw_event, observe_event
 from megatron_dump.curriculum.ledger import Ledger
-from megatron_dump.curriculum.parts import Sigma, make_parts
+from megatron_dump.curriculum.parts import make_parts
 from megatron_dump.curriculum.promises import check_slots, check_weights
 from megatron_dump.curriculum.rows import SourceRows, ranks_within
 from megatron_dump.types import Draw, Outcomes
@@ -44,13 +44,10 @@ class Curriculum:
         *,
         max_steps: int | None = None,
         max_staleness: int = 0,
-        gradient_sigma: Sigma | None = None,
     ):
         """source_names_of_rows: the source of every row of the data set; fingerprint: identifies its contents;
         config: `trainer.grpo.curriculum`, with the blocks sources, prompts and budget, each with a `name`, and
-        optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are;
-        gradient_sigma: for `budget.form: gradient` (budget.neyman_sigma), from an actor that measures gradient norms.
-        What it returns is not in the log.
+        optionally filter, pass_rates, audit and alarm; max_steps: how long schedules over a whole run are.
 
         Raises ValueError for an empty data set, counts below 1, and unknown names or options.
         """
@@ -64,9 +61,7 @@ class Curriculum:
         self.prompts_per_step, self.samples_per_prompt, self.seed = prompts_per_step, samples_per_prompt, seed
         self.n_rows, self.max_steps, self.max_staleness = len(source_names_of_rows), max_steps, max_staleness
         self._config = describe_blocks(config, max_steps)
-        self._parts = make_parts(
-            self._config, self._rows, prompts_per_step, samples_per_prompt, seed, max_steps, gradient_sigma
-        )
+        self._parts = make_parts(self._config, self._rows, prompts_per_step, samples_per_prompt, seed, max_steps)
         self.filter = self._parts.filter
         self._fingerprint = fingerprint
         self.step = 0  # the next step whose training round is to be drawn

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dump.types import Draw, Outcomes
+from megatron_dump.types import Draw, Outcomes, groups_of, pack_places
 
 _ARRAYS = ("prompt_ids", "source_ids", "rollouts")
 
@@ -57,6 +57,8 @@ class Ledger:
         return bool(self.training) and bool(self.observed.all())
 
     def add(self, draw: Draw) -> None:
+        """ValueError for groups too large or too many; said here, their rollouts are not yet paid for."""
+        pack_places(draw.group_ids, draw.rollouts - 1)
         self.draws.append(draw)
         self.observed = np.concatenate([self.observed, np.zeros(len(draw.prompt_ids), bool)])
 
@@ -70,12 +72,12 @@ class Ledger:
         for name in ("source_ids", "prompt_ids"):
             if not np.array_equal(getattr(outcomes, name), getattr(self, name)[groups]):
                 raise ValueError(f"{name} of the outcomes of step {step} are not those of its draw")
-        key = groups << 20 | outcomes.samples
-        if not np.all(key[1:] > key[:-1]):  # not in global order, or not each once
-            key = np.unique(key)
-        starts = np.flatnonzero(np.diff(key >> 20, prepend=-1))
-        present, counts = key[starts] >> 20, np.diff(starts, append=len(key))
-        if len(key) != len(groups):
+        places = pack_places(groups, outcomes.samples)
+        if not np.all(places[1:] > places[:-1]):  # not in global order, or not each once
+            places = np.unique(places)
+        starts = np.flatnonzero(np.diff(groups_of(places), prepend=-1))
+        present, counts = groups_of(places[starts]), np.diff(starts, append=len(places))
+        if len(places) != len(groups):
             raise ValueError(f"a sample of a group of step {step} comes twice in its outcomes")
         if (cut := counts != self.rollouts[present]).any():
             group, n, asked = int(present[cut][0]), int(counts[cut][0]), int(self.rollouts[present[cut][0]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,9 @@ from megatron_dump.curriculum.guards import Alarm, Audit
 from megatron_dump.curriculum.pass_rates import PromptPassRates
 from megatron_dump.curriculum.promises import check_rollouts, check_rows
 from megatron_dump.curriculum.prompts import PROMPTS, PromptPolicy, make_prompt_policy
-from megatron_dump.curriculum.registry import ROOT
 from megatron_dump.curriculum.rows import SourceRows
 from megatron_dump.curriculum.sources import SourcePolicy, SourceSetting, make_source_policy
 from megatron_dump.types import Outcomes
-
-Sigma = Callable[[np.ndarray], np.ndarray]  # rows int64 [P] -> sigma float64 [P] of CurES Eq. 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,6 @@ class Parts:
     alarm: Alarm
     source_pass_rate: PassRateEstimator
     pass_rates: PromptPassRates | None  # None: neither the prompt policy nor the budget asks for them
-    sigma: Sigma | None  # None: the budget does not ask for it
     of_row: np.ndarray  # int32 [R], every row's source
 
     def choose(
@@ -49,8 +45,7 @@ class Parts:
         prompt_ids = self.prompt_policy.draw(step, first_group, slots, exclude)
         check_rows(self.prompt_policy, prompt_ids, slots, self.of_row)
         rates = self.pass_rates.mean(prompt_ids) if self.pass_rates and self.budget.uses_pass_rates else None
-        measured = {} if self.sigma is None else {"sigma": self.sigma(prompt_ids)}
-        rollouts = self.budget.allot(rates, total, **measured)
+        rollouts = self.budget.allot(rates, total)
         check_rollouts(self.budget, rollouts, len(slots), total)
         return prompt_ids, rollouts
 
@@ -97,19 +92,12 @@ def make_parts(
     samples_per_prompt: int,
     seed: int,
     max_steps: int | None,
-    gradient_sigma: Sigma | None,
 ) -> Parts:
     """The parts that `config` (of blocks.describe_blocks) names. ValueError for options that cannot be used."""
     n_sources = len(rows.names)
     setting = SourceSetting(tuple(rows.names), tuple(rows.sizes.tolist()), max_steps)
     source_policy = make_source_policy(config["sources"], setting)
     budget = make_budget(config["budget"], samples_per_prompt)
-    uses_sigma = config["budget"]["name"] == "neyman" and config["budget"]["form"] == "gradient"
-    if uses_sigma and gradient_sigma is None:
-        raise ValueError(
-            f"{ROOT}.budget.form: 'gradient' needs an actor that measures gradient norms (Curriculum's "
-            "gradient_sigma), and this one does not; use form: proxy"
-        )
     needs_pass_rates = PROMPTS.resolve(config["prompts"])[0].uses_pass_rates or budget.uses_pass_rates
     pass_rates = PromptPassRates(rows, **config["pass_rates"])  # also where unused: checks its options
     pass_rates = pass_rates if needs_pass_rates else None
@@ -122,6 +110,5 @@ def make_parts(
         alarm=Alarm(n_sources, **config["alarm"]),
         source_pass_rate=PassRateEstimator(n_sources),
         pass_rates=pass_rates,
-        sigma=gradient_sigma if uses_sigma else None,
         of_row=rows.of_row,
     )

@@ -187,16 +187,10 @@ def _one_step(curriculum: Curriculum, learner: Learner, step: int) -> list[Draw]
         rejected = curriculum.filter.rejected(outcomes)
         batch.append(dataclasses.replace(outcomes, kept=~np.isin(outcomes.group_ids, rejected)))
         draw = curriculum.refill(step, rejected) if rejected.size else None
-    outcomes = joined(batch)
+    outcomes = Outcomes.joined(batch)
     curriculum.observe(outcomes)
     learner.train(outcomes)
     return rounds
-
-
-def joined(rounds: list[Outcomes]) -> Outcomes:
-    """Outcomes of several rounds of one step, as one."""
-    fields = [field.name for field in dataclasses.fields(Outcomes) if field.name != "step"]
-    return Outcomes(rounds[0].step, *(np.concatenate([getattr(o, name) for o in rounds]) for name in fields))
 
 
 def samples_to_target(history: History, target: float | None = None) -> float:

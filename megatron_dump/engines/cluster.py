@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from megatron_dump.config import Config, ConfigError
 from megatron_dump.distributed import fail_together
-from megatron_dump.ray_cluster import Cluster, RayOptions
+from megatron_dump.engine_options import RayOptions
+from megatron_dump.ray_cluster import Cluster
 
 
 def connect(config: Config, rank: int, device: torch.device) -> Cluster | None:
@@ -30,8 +33,7 @@ def connect(config: Config, rank: int, device: torch.device) -> Cluster | None:
 def _options(config: Config, device: torch.device) -> RayOptions:
     """`inference_backend.ray`; an engine of several devices reserves as many unless the block says otherwise."""
     backend = config.trainer.grpo.inference_backend
-    options = {key: value for key, value in vars(backend.ray).items() if key != "enabled"}
-    if options["gpus_per_engine"] is None:
-        tensor = int(backend.vllm.get("tensor_parallel_size", 1))
-        options["gpus_per_engine"] = float(tensor) if device.type == "cuda" else 0.0
-    return RayOptions(**options)
+    if backend.ray.gpus_per_engine is not None:
+        return backend.ray
+    gpus = float(backend.vllm.get("tensor_parallel_size", 1)) if device.type == "cuda" else 0.0
+    return dataclasses.replace(backend.ray, gpus_per_engine=gpus)

@@ -22,11 +22,9 @@ from megatron_dump.rollout import AsyncGenerator
 from megatron_dump.rollout.engine import EngineHandle
 from megatron_dump.rollout.engine_generator import EngineGenerator, with_text
 from megatron_dump.rollout.pool import EnginePool
-from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.rollout.sampling import SamplingOptions
 from megatron_dump.rollout.shared import SharedGenerator
 from megatron_dump.rollout.vllm_process import start_vllm, vllm_on_ray
-from megatron_dump.weight_sync.options import WeightSyncOptions
 from megatron_dump.weight_sync.sync import WeightSync
 
 _BLOCK = "trainer.grpo.inference_backend"
@@ -59,12 +57,12 @@ def start_engines(
     handle: EngineHandle | None = handles[0] if handles else None
     synced = handles
     if len(handles) > 1 or (handles and shared):
-        pool = EnginePool(handles, PoolOptions(**vars(backend.pool)), expected_tokens=options.max_length)
+        pool = EnginePool(handles, backend.pool, expected_tokens=options.max_length)
         handle, synced = pool, pool.engines
     sync = WeightSync(
         WeightStream(actor.modules, actor.arch, actor.parallel),
         synced,
-        WeightSyncOptions(**vars(backend.weight_sync)),
+        backend.weight_sync,
         hosts=hosts,
         replica=replica.rank,
         device=device,

@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.engine import EngineHandle, EngineRefused
 from megatron_dump.rollout.member import Member, State
-from megatron_dump.rollout.pool_options import PoolOptions
 
 log = logging.getLogger(__name__)
 

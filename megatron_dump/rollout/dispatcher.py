@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.crew import Crew, PoolFailed
 from megatron_dump.rollout.engine import EngineDied, EngineHandle, EngineOutput
 from megatron_dump.rollout.event_thread import EventThread
 from megatron_dump.rollout.member import Member, State
 from megatron_dump.rollout.orders import Order
-from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.rollout.routing import Call, Piece, Router, split
 
 

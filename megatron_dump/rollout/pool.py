@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.dispatcher import Dispatcher
 from megatron_dump.rollout.engine import EngineHandle, EngineOutput, EngineRequest
 from megatron_dump.rollout.member import Member
 from megatron_dump.rollout.orders import Order
-from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.rollout.routing import Call
 
 

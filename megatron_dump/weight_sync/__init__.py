@@ -6,7 +6,7 @@ Neither side imports megatron or an engine's library.
 
 from __future__ import annotations
 
-from megatron_dump.weight_sync.options import WeightSyncOptions
+from megatron_dump.engine_options import WeightSyncOptions
 from megatron_dump.weight_sync.receiving import receive
 from megatron_dump.weight_sync.sync import WeightSync
 

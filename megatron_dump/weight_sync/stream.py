@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_dump.engine_options import WeightSyncOptions
 from megatron_dump.weight_sync import broadcast, shared_memory
-from megatron_dump.weight_sync.options import WeightSyncOptions
 from megatron_dump.weight_sync.plan import Bucket
 from megatron_dump.weight_sync.segments import Place
 

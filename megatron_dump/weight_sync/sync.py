@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dump.distributed import all_gather_array, fail_together
+from megatron_dump.engine_options import WeightSyncOptions
 from megatron_dump.weight_sync import rendezvous
+from megatron_dump.weight_sync.contents import dtype_of
 from megatron_dump.weight_sync.crew import Crew
-from megatron_dump.weight_sync.options import WeightSyncOptions
 from megatron_dump.weight_sync.plan import Bucket, Weights, make_plan
 from megatron_dump.weight_sync.segments import Place
 from megatron_dump.weight_sync.stream import EngineHandle, Outlet, Stream
@@ -44,6 +45,8 @@ class WeightSync:
         device: torch.device | str = "cpu",
     ) -> None:
         self._options, self._device = options or WeightSyncOptions(), torch.device(device)
+        if self._options.dtype is not None:
+            dtype_of(self._options.dtype)  # a name that is none fails here, on every rank
         self._handles = list(handles)
         self._versions = [_NONE] * len(self._handles)  # what each engine has
         self._version = _NONE  # pushed last

@@ -116,7 +116,9 @@ def test_a_run_that_would_differ_is_not_resumed(data, tmp_path):
 
 
 def test_completions_that_cannot_fit_the_model_are_refused(data, tmp_path):
-    with pytest.raises(RuntimeError, match=r"max_length=500: with the longest prompt, \d+ tokens, it exceeds .* 512"):
+    with pytest.raises(
+        RuntimeError, match=r"max_length=500: with the longest prompt of train, \d+ tokens, it exceeds .* 512"
+    ):
         train(1, data, tmp_path, **{"model.grpo.length_params.max_length": 500})
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.pool import EnginePool
-from megatron_dump.rollout.pool_options import PoolOptions
 from tests.unit.pools import QUICK
 from tests.unit.toy_engine import ToyHandle
 

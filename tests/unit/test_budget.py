@@ -1,4 +1,4 @@
-"""Budgets: exact totals and limits, CurES Eq. 15-21 by hand and by simulation, the knapsack against its optimum."""
+"""Budgets: exact totals and limits, CurES by hand, the knapsack against its optimum."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dump.curriculum.budget import (
-    Neyman,
+    BUDGETS,
     bounded_shares,
     knapsack,
     largest_remainder,
     make_budget,
-    neyman_sigma,
 )
 
 rates = st.floats(0, 1) | st.integers(0, 16).map(lambda k: k / 16)
@@ -61,59 +60,6 @@ def test_limits_are_filled_like_water_by_hand():
     # in proportion: 9.2 5.5 7.4 0 1.8, so that .5 is held at 7 and 0 and .1 at 2; 13 are left for .3 and .4, 5.6 and
     # 7.4: .4 is held at 7 too, and .3 gets the 6 that are left
     np.testing.assert_allclose(shares, [7, 6, 7, 2, 2], rtol=0, atol=1e-12)
-
-
-# ------------------------------------------------------------------------------------- Eq. 20 is the variance it claims
-def softmax_gradients(logits: np.ndarray, right: np.ndarray):
-    """Every answer's probability [A], grad log pi [A, A] and reward [A], of a softmax policy over A answers."""
-    pi = np.exp(logits) / np.exp(logits).sum()
-    return pi, np.eye(len(pi)) - pi, right.astype(float)
-
-
-def moments(pi, g, r):
-    """p and the three moments that neyman_sigma takes, by enumeration."""
-    p = pi[r == 1].sum()
-    mean = {k: pi[r == k] @ g[r == k] / pi[r == k].sum() for k in (0, 1)}
-    square = {k: pi[r == k] @ (g[r == k] ** 2).sum(axis=1) / pi[r == k].sum() for k in (0, 1)}
-    return p, square[1], square[0], ((mean[1] - mean[0]) ** 2).sum()
-
-
-def test_sigma_of_two_answers_in_closed_form():
-    """pi(right) = p, logit theta: g = r - p, so (r - p) g = (r - p)^2, whose variance is p q (q - p)^2."""
-    p = np.linspace(0.01, 0.99, 50)
-    sigma = neyman_sigma(p, (1 - p) ** 2, p**2, np.ones_like(p))
-    np.testing.assert_allclose(sigma, np.sqrt(p * (1 - p)) * np.abs(1 - 2 * p), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_sigma_is_the_standard_deviation_of_a_rollouts_gradient(seed):
-    """Six answers, two right: exact against the enumerated covariance, and within the error of 100,000 samples."""
-    rng = np.random.default_rng(seed)
-    pi, g, r = softmax_gradients(rng.normal(0, 1.5, 6), np.array([1, 0, 0, 1, 0, 0]))
-    p, *rest = moments(pi, g, r)
-    gradients = (r - p)[:, None] * g
-    variance = pi @ (gradients**2).sum(axis=1) - ((pi @ gradients) ** 2).sum()
-    sigma = float(neyman_sigma(p, *rest))
-    assert math.isclose(sigma**2, variance, rel_tol=1e-12)
-
-    answers = rng.choice(6, size=(25_000, 4), p=pi)
-    deviations = ((gradients[answers[:, 0]] - pi @ gradients) ** 2).sum(axis=1)
-    assert abs(deviations.mean() - sigma**2) < 5 * deviations.std() / math.sqrt(len(deviations))
-    means = gradients[answers].mean(axis=1)  # groups of four: the variance of a prompt's mean is sigma^2 / n
-    deviations = ((means - pi @ gradients) ** 2).sum(axis=1)
-    assert abs(deviations.mean() - sigma**2 / 4) < 5 * deviations.std() / math.sqrt(len(deviations))
-
-
-def test_the_proxy_is_eq_20_for_equal_moments():
-    p = np.linspace(0, 1, 21)
-    sigma = neyman_sigma(p, np.full(21, 9.0), np.full(21, 9.0), np.zeros(21))
-    np.testing.assert_allclose(sigma, 3 * np.sqrt(p * (1 - p)), rtol=0, atol=1e-12)
-
-
-def test_sigma_where_a_class_never_occurs_or_estimates_contradict():
-    unknown, contradiction = np.array([np.nan, 1.0, np.inf]), np.array([0.0, 1e9, 0.0])
-    assert neyman_sigma(np.array([0.0, 0.5, 0.0]), unknown, np.ones(3), contradiction).tolist() == [0, 0, 0]
-    assert np.isfinite(neyman_sigma(np.array([0.5]), np.array([1e308]), np.array([1e308]), np.array([0.0]))).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -353,15 +299,6 @@ def test_limits_default_to_two_and_four_times_the_mean(name):
     assert budget.allot(np.empty(0), 0).tolist() == []
 
 
-def test_gradient_form_uses_sigma_and_refuses_to_do_without():
-    budget = Neyman(4, form="gradient")
-    with pytest.raises(ValueError, match=r"budget\.form: 'gradient' needs .* use form: proxy"):
-        budget.allot(np.full(2, 0.5), 8)
-    assert budget.allot(np.full(2, 0.5), 8, sigma=np.array([3.0, 1.0])).tolist() == [6, 2]
-    with pytest.raises(ValueError, match="sigma nan of prompt 1 must be finite"):
-        budget.allot(np.full(2, 0.5), 8, sigma=np.array([3.0, np.nan]))
-
-
 @adaptive
 @pytest.mark.parametrize(
     ("p", "total", "message"),
@@ -376,6 +313,11 @@ def test_gradient_form_uses_sigma_and_refuses_to_do_without():
 def test_what_cannot_be_allotted_is_refused(name, p, total, message):
     with pytest.raises(ValueError, match=message):
         make_budget({"name": name}, 4).allot(None if p is None else np.array(p), total)
+
+
+def test_a_sigma_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="sigma nan of prompt 1 must be finite"):
+        bounded_shares(np.array([3.0, np.nan]), 8, 2, 16)
 
 
 @adaptive
@@ -399,5 +341,14 @@ def test_configuration_errors_name_key_value_and_remedy(name, options, message):
 def test_unknown_names_and_forms_are_refused():
     with pytest.raises(ValueError, match=r"budget\.name: 'cures' is unknown; known: fixed, knapsack, neyman"):
         make_budget({"name": "cures"}, 8)
-    with pytest.raises(ValueError, match=r"budget\.form: 'norm' is unknown; known: gradient, proxy"):
+    with pytest.raises(ValueError, match=r"budget\.form: 'norm': it is unknown; write proxy, or leave it out"):
         make_budget({"name": "neyman", "form": "norm"}, 8)
+
+
+def test_the_gradient_form_is_gone():
+    """A YAML of before gets one line; the form that is left is written into checkpoints as ever."""
+    gone = r"curriculum\.budget\.form: 'gradient': it is gone, nothing measured gradients for it; write proxy, or leave"
+    with pytest.raises(ValueError, match=gone) as error:
+        make_budget({"name": "neyman", "form": "gradient"}, 8)
+    assert "\n" not in str(error.value)
+    assert BUDGETS.describe({"name": "neyman"})["form"] == "proxy"

@@ -147,16 +147,6 @@ def test_the_filter_rejects_exactly_the_groups_whose_finite_rewards_are_alike(gr
     assert chosen == [i for i, g in enumerate(groups) if len({r for r in g if np.isfinite(r)}) < 2]
 
 
-def test_neyman_takes_measured_gradient_norms_where_the_actor_has_them():
-    with pytest.raises(ValueError, match=r"budget\.form: 'gradient' needs an actor that measures gradient norms"):
-        make(budget={"name": "neyman", "form": "gradient"})
-    block = config("uniform", budget={"name": "neyman", "form": "gradient"})
-    curriculum = Curriculum(ROWS, 8, 4, 7, block, "data", gradient_sigma=lambda rows: 1.0 + (rows % 2))
-    draw = curriculum.draw(0)
-    odd = draw.prompt_ids % 2 == 1
-    assert draw.rollouts.sum() == 32 and draw.rollouts[odd].min() > draw.rollouts[~odd].max()
-
-
 # ------------------------------------------------------------------------------------------------- CurES's pre-rollouts
 def test_pre_rollouts_come_before_their_step_and_do_not_train():
     """CurES's Algorithm 1 on one source: N' = 4 for every prompt of a subset, then M = 3 steps on that subset."""

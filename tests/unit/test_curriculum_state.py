@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 
-from megatron_dump.types import Outcomes
 from tests.unit.curricula import EVERYTHING, answer, assert_same, full, make, rejecting, run
 
 
@@ -41,15 +40,7 @@ def test_asynchronous_outcomes_come_in_any_order_and_in_parts():
         curriculum.draw(3)
     first = answer(draws[0])
     early = first.group_ids < 5
-    half, rest = (
-        Outcomes(
-            **{
-                f.name: getattr(first, f.name) if f.name == "step" else getattr(first, f.name)[mask]
-                for f in dataclasses.fields(first)
-            }
-        )
-        for mask in (early, ~early)
-    )
+    half, rest = first.take(early), first.take(~early)
     curriculum.observe(answer(draws[1]))
     curriculum.observe(half)
     with pytest.raises(ValueError, match="group 0 of step 0 was observed already"):
@@ -75,8 +66,7 @@ def test_answers_that_take_long_do_not_fill_the_window(name):
     results = answer(draw)
     for long in (False, True):
         of_part = (results.group_ids % 3 == 0) == long
-        columns = {f.name: getattr(results, f.name)[of_part] for f in dataclasses.fields(results) if f.name != "step"}
-        apart.observe(Outcomes(step=0, **columns))
+        apart.observe(results.take(of_part))
     together.observe(results)
     key = "mean_abs_adv" if name == "dump_ucb" else "learnability"
     assert apart._parts.metrics()[key] == pytest.approx(together._parts.metrics()[key], rel=0.05)
@@ -86,11 +76,10 @@ def test_answers_that_take_long_do_not_fill_the_window(name):
 def test_incomplete_groups_are_refused():
     curriculum = make()
     results = answer(curriculum.draw(0))
-    some = {f.name: getattr(results, f.name)[:-1] for f in dataclasses.fields(results) if f.name != "step"}
     with pytest.raises(
         ValueError, match="group 7 of step 0 has 3 rollouts, its draw asked for 4: outcomes come in whole"
     ):
-        curriculum.observe(Outcomes(step=0, **some))
+        curriculum.observe(results.take(np.arange(len(results.samples) - 1)))
 
 
 # ----------------------------------------------------------------------------------------------------- state and resume

@@ -25,7 +25,6 @@ from megatron_dump.curriculum.simulator import Learner, Scenario, group_advantag
 from megatron_dump.curriculum.sources import SourceSetting, make_source_policy
 from megatron_dump.data import DataError, PromptDataset
 from megatron_dump.gather import gather_outcomes
-from megatron_dump.types import Outcomes
 from tests.unit.curricula import ROWS, answer, make, outcomes, run, softmax
 from tests.unit.guessing import Store, crashing, logged, observed, read, trainer
 from tests.unit.test_data import encode, row, write
@@ -213,8 +212,7 @@ def test_a_dominant_source_is_judged_on_the_tail_of_a_reordered_batch(name, scor
     by_length = np.argsort(whole.lengths, kind="stable")
     assert magnitudes[by_length][-300:].mean() == 0 and magnitudes.mean() > 0.4
 
-    fields = [f.name for f in dataclasses.fields(Outcomes) if f.name != "step"]
-    reordered = gather_outcomes(Outcomes(step=0, **{f: getattr(whole, f)[by_length] for f in fields}))
+    reordered = gather_outcomes(whole.take(by_length))
     for curriculum, told in ((direct, whole), (gathered, reordered), (everything, reordered)):
         if curriculum is not direct:
             curriculum.draw(0)

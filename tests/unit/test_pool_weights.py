@@ -7,10 +7,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.crew import PoolFailed
 from megatron_dump.rollout.engine import EngineDied
 from megatron_dump.rollout.pool import EnginePool
-from megatron_dump.rollout.pool_options import PoolOptions
 from tests.unit.pools import QUICK, Stubborn, expected, plain, requests_of, wait_for
 
 

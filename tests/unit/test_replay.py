@@ -82,9 +82,7 @@ def train(curriculum: Curriculum, n_steps: int, rng: np.random.Generator) -> Non
 
 def sort(outcomes: Outcomes) -> Outcomes:
     """In global order: by group id, then sample."""
-    order = np.lexsort((outcomes.samples, outcomes.group_ids))
-    values = ((f.name, getattr(outcomes, f.name)) for f in dataclasses.fields(outcomes))
-    return Outcomes(**{name: v[order] if isinstance(v, np.ndarray) else v for name, v in values})
+    return outcomes.take(np.lexsort((outcomes.samples, outcomes.group_ids)))
 
 
 def make(config: dict[str, Any], **options: Any) -> Curriculum:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dump.weight_sync import WeightSyncOptions, receive
+from megatron_dump.weight_sync import receive
 from megatron_dump.weight_sync.contents import Entry
 from tests.engine_processes import Collector, assert_equal
 from tests.unit.weight_syncs import TRANSPORTS, made_engines, some_tensors, sync_with
@@ -130,13 +130,13 @@ def test_a_link_that_nobody_serves():
     ("options", "message"),
     [
         (dict(transport="pigeon"), "weight_sync.transport=pigeon: one of auto, shared_memory, broadcast"),
-        (dict(bucket_mb=0), "weight_sync.bucket_mb=0: must be positive"),
+        (dict(bucket_mb=0), "weight_sync.bucket_mb=0: must be above 0"),
         (dict(dtype="float31"), "'float31' is no torch dtype"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        WeightSyncOptions(**options)
+        sync_with({}, [], **options)
 
 
 def test_nobody_drives_an_engine():

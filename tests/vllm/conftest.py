@@ -24,7 +24,8 @@ def machines():
 
 @pytest.fixture(scope="session")
 def cluster(machines):
-    from megatron_dump.ray_cluster import Cluster, RayOptions
+    from megatron_dump.engine_options import RayOptions
+    from megatron_dump.ray_cluster import Cluster
 
     options = RayOptions(address=machines.address, strategy="STRICT_SPREAD", start_timeout_s=120.0)
     with Cluster(options) as cluster:

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_dump.engine_options import PoolOptions
 from megatron_dump.rollout.engine import EngineDied, EngineRefused
 from megatron_dump.rollout.pool import EnginePool
-from megatron_dump.rollout.pool_options import PoolOptions
 from megatron_dump.rollout.ray_pool import ray_engines
 from megatron_dump.weight_sync import WeightSync, WeightSyncOptions
 from tests.transformers_engine import TransformersEngine

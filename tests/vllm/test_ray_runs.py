@@ -24,7 +24,8 @@ import os, signal, sys
 import torch, torch.distributed as dist
 from transformers import Qwen2ForCausalLM
 from megatron_dump.distributed import Replica
-from megatron_dump.ray_cluster import Cluster, RayOptions
+from megatron_dump.engine_options import RayOptions
+from megatron_dump.ray_cluster import Cluster
 from megatron_dump.rollout import Request
 from megatron_dump.rollout.engine import EngineRequest
 from megatron_dump.rollout.pool import EnginePool
@@ -87,7 +88,8 @@ def test_replicas_share_engines_that_rank_0_drives(machines, tmp_path):
 
 LOCAL = """
 import sys, time
-from megatron_dump.ray_cluster import Cluster, RayOptions
+from megatron_dump.engine_options import RayOptions
+from megatron_dump.ray_cluster import Cluster
 from megatron_dump.rollout.ray_pool import ray_engines
 with Cluster(RayOptions(num_cpus=1, temp_dir=sys.argv[1])) as cluster:
     print("up", ray_engines(cluster, 1, "tests.vllm.light_engine:LightEngine", {})[0].place["pid"], flush=True)

@@ -20,7 +20,7 @@ from curriculum_bench.report import Grid
 from curriculum_bench.runs import POLICIES, Config
 from megatron_dump.batches import share_of_draw
 from megatron_dump.curriculum import Curriculum
-from megatron_dump.curriculum.simulator import Learner, Scenario, joined
+from megatron_dump.curriculum.simulator import Learner, Scenario
 from megatron_dump.types import Draw, Outcomes
 
 LOGGED = "dump_ucb"  # also measured with its log, as in a run
@@ -111,7 +111,7 @@ def measure(
             draw = curriculum.refill(step, rejected) if rejected.size else None
             drawing += time.perf_counter() - start
         clock.seconds["draw"][-1] += drawing
-        outcomes = joined(rounds)
+        outcomes = Outcomes.joined(rounds)
         with clock("observe"):
             curriculum.observe(outcomes)
         with clock("metrics"):
